@@ -1,0 +1,76 @@
+# Every command of the project. `make help` lists them; nothing here needs more than Python 3.11 and make.
+#
+# On an ordinary machine pip's default build of torch brings CUDA along (gigabytes). To get the CPU build, point pip
+# at an index that holds it: PIP_EXTRA_INDEX_URL=<address> make env. Any other setting of pip is honoured as well.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --warn-undefined-variables --no-builtin-rules
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.locked
+
+# What `export`, `serve`, `chat` and `demo` work on; a demo of another checkpoint is `make demo CHECKPOINT=... OUT=...`.
+CHECKPOINT ?= checkpoints/pocket
+OUT ?= build/$(notdir $(CHECKPOINT:/=))
+ADDRESS ?= 127.0.0.1:50051
+# Extra arguments of the command behind a target: make test ARGS="-k layers".
+ARGS ?=
+
+PROTO := $(wildcard proto/diffusiongemma/v1/*.proto)
+SOURCES := export plugins_trt runtime/bundle.py
+BUNDLE := $(OUT)/manifest.json
+
+.PHONY: help env lock demo test check export serve chat proto bench clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '%-8s %s\n' "$$name" "$$text"; done
+
+env: $(STAMP) ## Make .venv with the locked versions (does nothing when it is up to date)
+
+$(STAMP): pyproject.toml requirements/serve.txt requirements/dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed (make PYTHON=...), not " + sys.version if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements/dev.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock: $(STAMP) ## Resolve the newest versions that pyproject.toml allows and write requirements/*.txt
+	$(BIN)/python requirements/lock.py
+
+demo: $(STAMP) $(BUNDLE) ## Export the pocket checkpoint, serve it and watch it answer prompts over a real stream
+	$(BIN)/python -m benchmarks.demo --bundle $(OUT) $(ARGS)
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## Format, lint, types, contract, generated code; never writes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	bash -n .ci/run
+	$(BIN)/python proto/generate.py --check
+
+export: $(STAMP) ## Export CHECKPOINT to a bundle in OUT
+	$(BIN)/dgemma export $(CHECKPOINT) $(OUT) $(ARGS)
+
+$(BUNDLE): $(STAMP) $(shell find $(CHECKPOINT) $(SOURCES) -type f -not -name '*.pyc' 2>/dev/null)
+	$(BIN)/dgemma export $(CHECKPOINT) $(OUT)
+
+serve: $(STAMP) $(BUNDLE) ## Serve the bundle in OUT on ADDRESS
+	$(BIN)/dgemma serve $(OUT) --address $(ADDRESS) $(ARGS)
+
+chat: $(STAMP) ## Talk to the server at ADDRESS
+	$(BIN)/dgemma chat --address $(ADDRESS) $(ARGS)
+
+proto: $(STAMP) ## Regenerate the Python code of the contract
+	$(BIN)/python proto/generate.py
+
+bench: $(STAMP) $(BUNDLE) ## Measure speed, memory and start-up as ratios to the reference
+	$(BIN)/python -m benchmarks --bundle $(OUT) $(ARGS)
+
+clean: ## Remove the environment and everything that was built
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Checkpoints that the repository ships, and the recipes that made them."""

@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: the model definition, checkpoint reading and the ONNX export."""

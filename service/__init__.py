@@ -1,0 +1,1 @@
+"""The gRPC service: contract to runtime events and back, admission, draining and the command line."""
