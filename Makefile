@@ -20,7 +20,6 @@ ADDRESS ?= 127.0.0.1:50051
 # Extra arguments of the command behind a target: make test ARGS="-k layers".
 ARGS ?=
 
-PROTO := $(wildcard proto/diffusiongemma/v1/*.proto)
 SOURCES := export plugins_trt runtime/bundle.py
 BUNDLE := $(OUT)/manifest.json
 
@@ -52,6 +51,10 @@ check: $(STAMP) ## Format, lint, types, contract, generated code; never writes
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	bash -n .ci/run
+	bash -n proto/check_breaking.sh
+	$(BIN)/buf lint proto
+	$(BIN)/buf format --diff --exit-code proto
+	proto/check_breaking.sh $(BIN)/buf
 	$(BIN)/python proto/generate.py --check
 
 export: $(STAMP) ## Export CHECKPOINT to a bundle in OUT
