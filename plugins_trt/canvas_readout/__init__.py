@@ -1,0 +1,1 @@
+"""Canvas readout: a canvas position's final state to its argmax, candidate, entropy and next self-conditioning."""

@@ -1,0 +1,1 @@
+"""Expert feed-forward: the weighted sum of the gated feed-forward networks of each token's experts."""

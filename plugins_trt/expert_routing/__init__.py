@@ -1,0 +1,1 @@
+"""Expert routing: router logits to the ids and weights of the top-k experts of each token."""

@@ -1,0 +1,26 @@
+"""The meaning of expert routing in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expert_routing(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose `top_k` experts for each token.
+
+    Softmax over all experts in float32, the `top_k` largest probabilities, renormalised to sum to one, then scaled
+    per expert. Ties go to the lower expert id.
+
+    Args:
+        logits: router logits, `[T, E]`.
+        per_expert_scale: learned factor of each expert's weight, `[E]`.
+        top_k: experts per token, `1 <= top_k <= E`.
+
+    Returns:
+        `(expert_ids [T, K] int64, expert_weights [T, K])` by falling probability, the weights in the dtype of `logits`.
+    """
+    probabilities = torch.softmax(logits.float(), dim=-1)
+    weights, expert_ids = torch.topk(probabilities, top_k, dim=-1)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    return expert_ids, (weights * per_expert_scale[expert_ids]).to(logits.dtype)
