@@ -57,7 +57,7 @@ class Committed:
     token_ids: NDArray[np.int64]
     """Committed tokens, without padding and without the end token, `[n <= canvas_length]`."""
     text: str
-    """What the block adds to the answer; an incomplete UTF-8 sequence and a possible stop string's head are held back."""
+    """What the block adds to the answer; incomplete UTF-8 and the possible head of a stop string are held back."""
     step_count: int
     converged: bool
     """False where the block ran to the most steps allowed."""
