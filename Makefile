@@ -50,6 +50,7 @@ check: $(STAMP) ## Format, lint, types, contract, generated code; never writes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy proto/generate.py requirements/lock.py
 	bash -n .ci/run
 	bash -n proto/check_breaking.sh
 	$(BIN)/buf lint proto
