@@ -42,6 +42,9 @@ class Draft:
     token_ids: NDArray[np.int64]
     """The argmax canvas up to its first end token, `[n <= canvas_length]`."""
     text: str
+    """These tokens' text for display, cut at a stop string; an incomplete UTF-8 sequence shows as U+FFFD."""
+    token_text_lengths: tuple[int, ...]
+    """Characters that each of the tokens adds to `text`, `n` of them."""
     accepted: NDArray[np.bool_]
     """Positions accepted at this step, `[canvas_length]`."""
     entropy: NDArray[np.float32]
