@@ -38,7 +38,7 @@ class DenoisingStep:
 
 
 class CanvasDiffusion:
-    """One canvas being denoised: until `finished`, run the engine on `canvas`, `temperature`, `uniform`, and `advance`."""
+    """One canvas being denoised: until `finished`, run the engine on what it holds and `advance` with the readout."""
 
     def __init__(self, sampling: SamplingParameters, stream: CanvasStream, vocab_size: int) -> None:
         self._sampling, self._stream, self._vocab_size = sampling, stream, vocab_size
