@@ -6,6 +6,7 @@
     ├── InvalidRequest       a request's value is wrong: names the field, the value and the limit
     ├── UnsupportedRequest   a request asks for something this bundle or version has not
     ├── ModelNotFound        a request names a model that is not served
+    ├── MessageTooLarge      a message is larger than the server reads
     ├── QueueFull            too many requests wait; says when to come again
     ├── DeadlineTooShort     a request cannot start before its deadline
     ├── Draining             the server is shutting down
@@ -64,6 +65,14 @@ class ModelNotFound(DgemmaError):
     def __init__(self, model: str, served: str) -> None:
         super().__init__(f"model: {model!r} is not served here; use {served!r} or leave the field empty")
         self.model, self.served = model, served
+
+
+class MessageTooLarge(DgemmaError):
+    """A message is larger than the server reads."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(f"the message holds {size} bytes, at most {limit} are read; send less at a time")
+        self.size, self.limit = size, limit
 
 
 class QueueFull(DgemmaError):

@@ -20,6 +20,8 @@ class FinishReason(Enum):
     END_TOKEN = "end_token"
     STOP_STRING = "stop_string"
     LENGTH = "length"
+    OTHER = "other"
+    """One that this version does not know: only a client of a newer server meets it."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,281 @@
+"""A client in plain Python values: prompts in, the runtime's events out, failures as `CallFailed`.
+
+    with Client("127.0.0.1:50051") as client:
+        for event in client.generate("Spell 42.", timeout=30):
+            if isinstance(event, Committed):
+                print(event.text, end="")
+
+Every call takes a timeout, which travels as the call's deadline; gRPC itself would wait for ever.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, options_pb2, prompt_pb2
+from runtime.errors import DgemmaError, Violation
+from runtime.events import Event
+from runtime.prompt import Message, Role
+from runtime.request import SamplingOverrides
+from service.mapping import event_of, message_proto, overrides_proto
+from service.status import DETAILS_KEY
+
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A user's message, a conversation, or token ids."""
+
+CHANNEL_OPTIONS = (
+    # A server that vanished is noticed within 30 s, in the silence of a block without drafts too. The server allows
+    # pings every 10 s.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+)
+
+
+class CallFailed(DgemmaError):
+    """A call ended with a status other than OK."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: Sequence[Any] = ()) -> None:
+        """Take over a status.
+
+        Args:
+            code: of the status.
+            message: of the status.
+            details: its `google.rpc` messages, unpacked.
+        """
+        super().__init__(f"{code.name}: {message}")
+        self.code, self.message = code, message
+        self.reason = ""
+        """`ErrorInfo.reason`; empty where the status came from gRPC itself."""
+        self.metadata: dict[str, str] = {}
+        """The variables of the message."""
+        self.violations: tuple[Violation, ...] = ()
+        self.retry_after: float | None = None
+        """Seconds after which the call may be tried again."""
+        for detail in details:
+            self._take(detail)
+
+    def _take(self, detail: object) -> None:
+        match detail:
+            case error_details_pb2.ErrorInfo():
+                self.reason, self.metadata = detail.reason, dict(detail.metadata)
+            case error_details_pb2.BadRequest():
+                found = (Violation(violation.field, violation.description) for violation in detail.field_violations)
+                self.violations = tuple(found)
+            case error_details_pb2.RetryInfo():
+                self.retry_after = detail.retry_delay.ToNanoseconds() / 1e9
+
+    @classmethod
+    def of(cls, error: Any) -> CallFailed:
+        """The failure in an `RpcError` that a call raised, with such details as came along."""
+        raw = next((value for key, value in error.trailing_metadata() or () if key == DETAILS_KEY), b"")
+        return cls(error.code(), error.details() or "", _unpack(raw))
+
+
+def _unpack(raw: bytes) -> list[Any]:
+    """The details in a serialised status; none where they cannot be read, for then the code still can."""
+    kinds = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
+    found = []
+    try:
+        for packed in status_pb2.Status.FromString(raw).details:
+            for kind in kinds:
+                if packed.Is(kind.DESCRIPTOR):
+                    found.append(kind.FromString(packed.value))
+    except DecodeError:
+        return []
+    return found
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise CallFailed.of(error) from error
+
+
+class Events:
+    """The events of one generation, as they come; kinds that this version does not know are skipped."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    def __iter__(self) -> Iterator[Event]:
+        """Iterate over the events.
+
+        Raises:
+            CallFailed: the generation ended badly.
+        """
+        with _failures():
+            for response in self._call:
+                if (event := event_of(response)) is not None:
+                    yield event
+
+    def cancel(self) -> None:
+        """End the call; the server stops within a denoising step."""
+        self._call.cancel()
+
+
+@dataclass(frozen=True)
+class TurnCancelled:
+    """The turn was cancelled; no event of it follows."""
+
+
+class Conversation:
+    """One stream of many turns; `start_turn` and `cancel_turn` may be called from any thread."""
+
+    def __init__(self, stub: generation_pb2_grpc.GenerationServiceStub, setup: Any, timeout: float) -> None:
+        self._requests: queue.SimpleQueue[generation_pb2.ConverseRequest | None] = queue.SimpleQueue()
+        self._requests.put(generation_pb2.ConverseRequest(setup=setup))
+        self._turns = 0
+        self._call: Any = stub.Converse(iter(self._requests.get, None), timeout=timeout)
+
+    def start_turn(self, text: str, options: options_pb2.GenerationOptions | None = None) -> int:
+        """Send a user's message, with settings of its own or the conversation's; returns the turn's index."""
+        start = generation_pb2.TurnStart(parts=[prompt_pb2.ContentPart(text=text)], options=options)
+        self._requests.put(generation_pb2.ConverseRequest(start_turn=start))
+        self._turns += 1
+        return self._turns - 1
+
+    def cancel_turn(self, index: int) -> None:
+        """Cancel a turn, open or waiting; its last event is then `TurnCancelled`, unless it has just ended."""
+        cancel = generation_pb2.TurnCancel(turn_index=index)
+        self._requests.put(generation_pb2.ConverseRequest(cancel_turn=cancel))
+
+    def half_close(self) -> None:
+        """Say that no more turns come; the stream ends once all are answered."""
+        self._requests.put(None)
+
+    def __iter__(self) -> Iterator[tuple[int, Event | TurnCancelled]]:
+        """Iterate over turns' indices and events; can be left and taken up again.
+
+        Raises:
+            CallFailed: the conversation ended badly.
+        """
+        with _failures():
+            for response in self._call:
+                if response.HasField("cancelled"):
+                    yield response.turn_index, TurnCancelled()
+                elif (event := event_of(response)) is not None:
+                    yield response.turn_index, event
+
+    def close(self) -> None:
+        """End the stream at once."""
+        self._call.cancel()
+        self._requests.put(None)
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Client:
+    """A channel to one server. Safe to use from many threads."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingOverrides | None = None,
+        *,
+        draft_interval: float | None = None,
+        model: str = "",
+        timeout: float,
+    ) -> Events:
+        """Generate the answer to one prompt.
+
+        Args:
+            prompt: what is asked.
+            sampling: settings; what is None in it takes the model's default.
+            draft_interval: least seconds between two drafts; None for no drafts.
+            model: name of the model; empty for the one that is served.
+            timeout: seconds for the whole call.
+        """
+        request = generation_pb2.GenerateRequest(model=model, options=_options(sampling, draft_interval))
+        return Events(self._generation.Generate(_with_prompt(request, prompt), timeout=timeout))
+
+    def converse(
+        self,
+        history: Sequence[Message] = (),
+        sampling: SamplingOverrides | None = None,
+        *,
+        draft_interval: float | None = None,
+        model: str = "",
+        timeout: float,
+    ) -> Conversation:
+        """Open a conversation behind `history`; the other arguments are those of `generate`, for every turn."""
+        setup = generation_pb2.ConversationSetup(
+            model=model,
+            history=[message_proto(message) for message in history],
+            options=_options(sampling, draft_interval),
+        )
+        return Conversation(self._generation, setup, timeout)
+
+    def count_tokens(self, prompt: Prompt, *, model: str = "", timeout: float) -> int:
+        """How many tokens a prompt has, rendered."""
+        request = _with_prompt(generation_pb2.CountTokensRequest(model=model), prompt)
+        with _failures():
+            return self._generation.CountTokens(request, timeout=timeout).token_count
+
+    def model(self, name: str = "", *, timeout: float) -> model_pb2.Model:
+        """What is served."""
+        with _failures():
+            return self._models.GetModel(model_pb2.GetModelRequest(model=name), timeout=timeout).model
+
+    def wait_serving(self, timeout: float) -> None:
+        """Wait until the server's health is SERVING, also for a server that does not listen yet.
+
+        Raises:
+            CallFailed: it did not become so in `timeout` seconds.
+        """
+        request = health_pb2.HealthCheckRequest()
+        call = self._health.Watch(request, timeout=timeout, wait_for_ready=True)
+        with _failures():
+            for response in call:
+                if response.status == health_pb2.HealthCheckResponse.SERVING:
+                    call.cancel()
+                    return
+
+    def close(self) -> None:
+        """Close the channel, and with it all open calls."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _options(sampling: SamplingOverrides | None, draft_interval: float | None) -> options_pb2.GenerationOptions:
+    return overrides_proto(sampling or SamplingOverrides(), draft_interval)
+
+
+def _with_prompt(request: Any, prompt: Prompt) -> Any:
+    if isinstance(prompt, str):
+        prompt = [Message(Role.USER, prompt)]
+    messages = [message_proto(message) for message in prompt if isinstance(message, Message)]
+    if messages:
+        request.conversation.messages.extend(messages)
+    else:
+        request.token_ids.ids.extend(prompt)
+    return request

@@ -1,0 +1,126 @@
+"""The one place where a call's errors become its status.
+
+Around every handler: its requests are parsed here (`service.wire`), an error of the project's tree becomes the status
+of `service.status`, any other exception INTERNAL with a correlation id. gRPC's own signals pass through untouched: an
+abort that is under way, a cancelled task (CancelledError), a generator that is closed (GeneratorExit), and the failed
+write to a client that has gone. Each call leaves one line in the log, without any of its content.
+
+Streaming handlers are run as coroutines that write, also where they are generators: a call that ends while its
+handler is suspended at `yield` would leave the generator to the garbage collector, one that awaits `write` learns of
+it there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from typing import Any, cast
+
+import grpc
+from google.rpc import status_pb2
+
+from runtime.errors import DgemmaError
+from service.status import DETAILS_KEY, code_of, internal_status, status_of
+from service.wire import parse
+
+logger = logging.getLogger(__name__)
+
+OWN_METHODS = "/diffusiongemma."
+"""Calls of these are logged at INFO; those of health, reflection and channelz, which poll, at DEBUG."""
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = grpc.RpcMethodHandler[Any, Any] | None
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Guards every handler of a server."""
+
+    def __init__(self, max_message_bytes: int) -> None:
+        self._max_message_bytes = max_message_bytes
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """The handler that `continuation` finds, guarded; None where there is none, which gRPC answers itself."""
+        handler = await continuation(handler_call_details)
+        return None if handler is None else self._guard(handler, str(handler_call_details.method))
+
+    def _guard(self, handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
+        behaviours: dict[tuple[bool, bool], tuple[Any, Any]] = {
+            (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
+            (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
+            (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
+            (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
+        }
+        make, inner = behaviours[handler.request_streaming, handler.response_streaming]
+        if inspect.isasyncgenfunction(inner):
+            inner = partial(_write_all, inner)
+        admit = _admit_each if handler.request_streaming else _admit
+
+        async def guarded(request: Any, context: Context) -> Any:
+            async with _translated(method, context):
+                return await inner(admit(request), context)
+
+        deserializer = handler.request_deserializer
+        kind = getattr(deserializer, "__self__", None)
+        if kind is not None:  # `SomeMessage.FromString`, as all generated code hands in
+            deserializer = partial(parse, kind, limit=self._max_message_bytes)
+        return cast("grpc.RpcMethodHandler[Any, Any]", make(guarded, deserializer, handler.response_serializer))
+
+
+def _admit(request: Any) -> Any:
+    """The request, unless what arrived was none."""
+    if isinstance(request, DgemmaError):
+        raise request
+    return request
+
+
+async def _admit_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _admit(request)
+
+
+async def _write_all(generator: Callable[[Any, Context], AsyncIterator[Any]], request: Any, context: Context) -> None:
+    async with aclosing(generator(request, context)) as responses:  # type: ignore[type-var]
+        async for response in responses:
+            await context.write(response)
+
+
+@asynccontextmanager
+async def _translated(method: str, context: Context) -> AsyncIterator[None]:
+    """Turns what leaves the block into the call's status, and logs how the call went."""
+    started = time.monotonic()
+    code = "CANCELLED"  # what is left where none of the branches below is reached
+    try:
+        yield
+        code = "OK"
+    except grpc.aio.AbortError:
+        code = "ABORTED"
+        raise
+    except grpc.aio.InternalError:
+        pass  # A write failed: the client has gone, and there is nobody left to tell.
+    except DgemmaError as error:
+        status = status_of(error)
+        code = code_of(status).name
+        await _abort(context, status)
+    except Exception:
+        correlation_id = uuid.uuid4().hex[:12]
+        logger.exception("fault", extra={"fields": {"method": method, "correlation_id": correlation_id}})
+        code = "INTERNAL"
+        await _abort(context, internal_status(correlation_id))
+    finally:
+        level = logging.INFO if method.startswith(OWN_METHODS) else logging.DEBUG
+        fields = {"method": method, "code": code, "seconds": round(time.monotonic() - started, 4)}
+        logger.log(level, "call", extra={"fields": fields})
+
+
+async def _abort(context: Context, status: status_pb2.Status) -> None:
+    details = ((DETAILS_KEY, status.SerializeToString()),)
+    await context.abort(code_of(status), status.message, details)

@@ -1,0 +1,74 @@
+"""From the engine's thread to the handler of a call: events wait here until the client has room for them.
+
+Drafts are replaced by newer ones and die with their block's commit; everything else is kept, in order. So the mailbox
+is bounded: one draft, and the commits of one answer, whose length its request limits. A client that reads slowly
+therefore never holds up the engine, and what it reads next is never an old draft.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from runtime.errors import DgemmaError
+from runtime.events import Draft, Event
+
+
+class Mailbox:
+    """The sink of one generation; `get` belongs to the event loop's thread, the rest to the engine's."""
+
+    def __init__(self, min_draft_interval: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Made on the event loop that will read.
+
+        Args:
+            min_draft_interval: seconds that lie between two drafts at least; None: no drafts are wanted.
+            clock: seconds, monotonic.
+        """
+        self._interval, self._clock = min_draft_interval, clock
+        self._loop = asyncio.get_running_loop()
+        self._filled = asyncio.Event()
+        self._lock = threading.Lock()
+        self._kept: deque[Event | DgemmaError] = deque()
+        self._draft: Draft | None = None
+        self._last_draft = float("-inf")
+
+    def put(self, outcome: Event | DgemmaError) -> None:
+        """Leave an event, or the error that ends the generation; never blocks, never raises."""
+        with self._lock:
+            if isinstance(outcome, Draft):
+                self._draft, self._last_draft = outcome, self._clock()
+            else:
+                self._draft = None
+                self._kept.append(outcome)
+        with suppress(RuntimeError):  # The loop is closed, so nobody reads any more.
+            self._loop.call_soon_threadsafe(self._filled.set)
+
+    def wants_draft(self) -> bool:
+        """Whether a draft of the step about to be made would be sent: drafts are on and the last one is old enough."""
+        return self._interval is not None and self._clock() - self._last_draft >= self._interval
+
+    def ready(self) -> bool:
+        """Always: a generation that runs to its end gives its pages back sooner than one parked for a slow reader."""
+        return True
+
+    async def get(self) -> Event:
+        """The oldest event that is kept, else the newest draft; waits for one.
+
+        Raises:
+            DgemmaError: the error that ended the generation, after all events before it.
+        """
+        while True:
+            with self._lock:
+                outcome = self._kept.popleft() if self._kept else self._draft
+                if isinstance(outcome, Draft):
+                    self._draft = None
+                self._filled.clear()
+            if isinstance(outcome, DgemmaError):
+                raise outcome
+            if outcome is not None:
+                return outcome
+            await self._filled.wait()

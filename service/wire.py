@@ -1,0 +1,96 @@
+"""Reading a client's message: within the size limit, well formed, every string in UTF-8, or one error that says where.
+
+protobuf's own parser only says that a message is bad. gRPC turns that into a bare UNKNOWN, so parsing is done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from runtime.errors import DgemmaError, InvalidRequest, MessageTooLarge, Violation
+
+Parsed = TypeVar("Parsed", bound=Message)
+
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+_NOT_WELL_FORMED = "is not a well-formed protobuf message of type {}; send what the generated code serialises"
+
+
+def parse(kind: type[Parsed], raw: bytes, limit: int) -> Parsed | DgemmaError:
+    """The message of type `kind` in `raw`, or the error to end the call with: gRPC hides what is raised."""
+    if len(raw) > limit:
+        return MessageTooLarge(len(raw), limit)
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        return InvalidRequest(_explain(cast(Descriptor, kind.DESCRIPTOR), raw))
+
+
+def _explain(descriptor: Descriptor, raw: bytes) -> Violation:
+    """Which field keeps `raw` from being parsed: the first string that is no UTF-8, else the message as a whole."""
+    try:
+        for path, text in _strings(descriptor, raw, ""):
+            try:
+                text.decode()
+            except UnicodeDecodeError as error:
+                return Violation(path, f"is not valid UTF-8 at byte {error.start} of {len(text)}; encode it in UTF-8")
+    except _Truncated:
+        pass
+    return Violation("", _NOT_WELL_FORMED.format(descriptor.full_name))
+
+
+class _Truncated(Exception):
+    """The wire format ends in the midst of something."""
+
+
+def _strings(descriptor: Descriptor, raw: bytes, prefix: str) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of every string field in `raw`, in wire order, those of nested messages among them."""
+    seen: dict[int, int] = {}
+    for number, value in _length_delimited(raw):
+        field = descriptor.fields_by_number.get(number)
+        if field is None:
+            continue
+        index = seen[number] = seen.get(number, -1) + 1
+        path = f"{prefix}{field.name}[{index}]" if field.is_repeated else f"{prefix}{field.name}"
+        if field.type == FieldDescriptor.TYPE_STRING:
+            yield path, value
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            yield from _strings(cast(Descriptor, field.message_type), value, f"{path}.")
+
+
+def _length_delimited(raw: bytes) -> Iterator[tuple[int, bytes]]:
+    """Number and value of each length-delimited field on the top level of `raw`."""
+    position = 0
+    while position < len(raw):
+        key, position = _varint(raw, position)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            _, position = _varint(raw, position)
+            continue
+        if kind not in (_LENGTH, _FIXED64, _FIXED32):
+            raise _Truncated
+        length = {_FIXED64: 8, _FIXED32: 4}.get(kind)
+        if length is None:
+            length, position = _varint(raw, position)
+        if position + length > len(raw):
+            raise _Truncated
+        if kind == _LENGTH:
+            yield number, raw[position : position + length]
+        position += length
+
+
+def _varint(raw: bytes, position: int) -> tuple[int, int]:
+    """Value of the varint at `position`, and the position behind it."""
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= len(raw):
+            break
+        byte = raw[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise _Truncated

@@ -1,0 +1,104 @@
+"""A message that cannot be read ends in an error that says where, whatever its bytes are."""
+
+from __future__ import annotations
+
+import pytest
+from google.protobuf.message import DecodeError
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusiongemma.v1 import generation_pb2, options_pb2, prompt_pb2
+from runtime.errors import InvalidRequest, MessageTooLarge
+from service.wire import parse
+
+Request = generation_pb2.GenerateRequest
+LIMIT = 1 << 20
+MARK = "@@@@"
+"""Replaced on the wire by bytes that are no UTF-8; of the same length, so that no length on the way changes."""
+
+
+def conversation(*texts: str) -> prompt_pb2.Conversation:
+    role = prompt_pb2.ROLE_USER
+    return prompt_pb2.Conversation(
+        messages=[prompt_pb2.Message(role=role, parts=[prompt_pb2.ContentPart(text=text)]) for text in texts]
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        pytest.param(Request(model=MARK), "model", id="top-level"),
+        pytest.param(
+            Request(conversation=conversation("fine", f"ab{MARK}")),
+            "conversation.messages[1].parts[0].text",
+            id="nested",
+        ),
+        pytest.param(
+            Request(
+                token_ids=prompt_pb2.TokenIds(ids=[1, 300]),
+                options=options_pb2.GenerationOptions(seed=5, stop_sequences=["é", MARK]),
+            ),
+            "options.stop_sequences[1]",
+            id="behind-varints-and-packed-numbers",
+        ),
+        pytest.param(
+            Request(
+                options=options_pb2.GenerationOptions(
+                    diffusion=options_pb2.DiffusionOptions(entropy_bound=0.5), stop_sequences=[MARK]
+                )
+            ),
+            "options.stop_sequences[0]",
+            id="behind-a-double",
+        ),
+    ],
+)
+def test_text_that_is_no_utf8_is_named(message: Request, field: str) -> None:
+    raw = message.SerializeToString().replace(MARK.encode(), b"\xff\xfe\xc3\x28")
+    with pytest.raises(DecodeError):  # what the bare parser says
+        Request.FromString(raw)
+    error = parse(Request, raw, LIMIT)
+    assert isinstance(error, InvalidRequest)
+    [violation] = error.violations
+    assert violation.field == field
+    assert "UTF-8" in violation.description
+
+
+@pytest.mark.parametrize("raw", [b"\x12\x05\x0a", b"\xff" * 12, b"\x0b", b"\x12"])
+def test_bytes_that_are_no_message_are_refused(raw: bytes) -> None:
+    error = parse(Request, raw, LIMIT)
+    assert isinstance(error, InvalidRequest)
+    assert "diffusiongemma.v1.GenerateRequest" in str(error)
+
+
+def test_the_limit_is_the_last_size_that_is_read() -> None:
+    message = Request(model="x" * 100)
+    raw = message.SerializeToString()
+    assert parse(Request, raw, len(raw)) == message
+    error = parse(Request, raw, len(raw) - 1)
+    assert isinstance(error, MessageTooLarge)
+    assert (error.size, error.limit) == (len(raw), len(raw) - 1)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
+    """Catches an exception out of the search for the field, which gRPC would answer with a bare UNKNOWN."""
+    found = parse(Request, raw, LIMIT)
+    try:
+        assert found == Request.FromString(raw) or found != found  # a NaN equals nothing
+    except DecodeError:
+        assert isinstance(found, InvalidRequest)
+
+
+@given(st.text(), st.lists(st.integers(0, 2**31 - 1)), st.data())
+def test_one_broken_byte_is_found(text: str, ids: list[int], data: st.DataObject) -> None:
+    """A message of ours with one byte changed is read as protobuf reads it, or refused; never anything else."""
+    message = Request(model=text, token_ids=prompt_pb2.TokenIds(ids=ids), options={"stop_sequences": [text]})
+    raw = bytearray(message.SerializeToString())
+    if raw:
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        expected = Request.FromString(bytes(raw))
+    except DecodeError:
+        assert isinstance(parse(Request, bytes(raw), LIMIT), InvalidRequest)
+    else:
+        assert parse(Request, bytes(raw), LIMIT) == expected
