@@ -11,7 +11,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 
@@ -27,7 +27,7 @@ from service.served import Order, Served
 MAX_WAITING_TURNS = 8
 """Turns that may wait for the open one: who types ahead stays below, who sends without reading is stopped."""
 
-Context = grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]
+Context: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]"
 
 
 class _Turn:

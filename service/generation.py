@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import TypeAlias
 
 import grpc
 
@@ -14,8 +15,8 @@ from service.conversation import Conversation
 from service.mapping import event_proto
 from service.served import Order, Served
 
-GenerateContext = grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]
-ConverseContext = grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]
+GenerateContext: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]"
+ConverseContext: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]"
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import grpc
 from google.rpc import status_pb2
@@ -33,8 +33,9 @@ logger = logging.getLogger(__name__)
 OWN_METHODS = "/diffusiongemma."
 """Calls of these are logged at INFO; those of health, reflection and channelz, which poll, at DEBUG."""
 
-Context = grpc.aio.ServicerContext[Any, Any]
-Handler = grpc.RpcMethodHandler[Any, Any] | None
+# Quoted: gRPC's classes take parameters in their stubs alone.
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):

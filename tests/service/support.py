@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ from runtime.bundle import (
 )
 from runtime.engines.fake import FACTS, POOL, FakeEngine
 from runtime.engines.protocol import PoolGeometry
+from runtime.errors import DgemmaError
+from runtime.events import Draft, Event
 from runtime.generation import Generation
 from runtime.prompt import PromptBuilder
 from runtime.runner import Limits, Runner
 from runtime.vocabulary import Vocabulary
+from service.mailbox import Mailbox
 from service.served import Served
 from service.server import MAX_MESSAGE_BYTES, Server
 
@@ -93,6 +97,26 @@ def write_bundle(directory: Path, facts: ModelFacts = FACTS) -> Bundle:
     )
     (directory / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     return Bundle(directory)
+
+
+class PacedMailbox(Mailbox):
+    """A mailbox that holds the engine until each draft has been taken, so that a test sees every one of them."""
+
+    def __init__(self, min_draft_interval: float | None = None) -> None:
+        super().__init__(min_draft_interval)
+        self._taken = threading.Event()
+
+    def put(self, outcome: Event | DgemmaError) -> None:
+        super().put(outcome)
+        if isinstance(outcome, Draft):
+            self._taken.wait(10)
+            self._taken.clear()
+
+    async def get(self) -> Event:
+        event = await super().get()
+        if isinstance(event, Draft):
+            self._taken.set()
+        return event
 
 
 @dataclass
