@@ -68,7 +68,7 @@ class StepOutputs(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """`x / sqrt(mean(x^2) + eps)` in float32, times a weight where there is one (Zhang & Sennrich 2019)."""
+    """`x / sqrt(mean(x^2) + eps)` in float32 or wider, times a weight where there is one (Zhang & Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float, weighted: bool = True) -> None:
         super().__init__()
@@ -76,9 +76,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if weighted else None
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide if self.weight is None else wide * self.weight.float()).to(x.dtype)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = None if self.weight is None else self.weight.to(wide)
+        return F.rms_norm(x.to(wide), x.shape[-1:], weight, self.eps).to(x.dtype)
 
 
 class GatedFeedForward(nn.Module):
@@ -124,9 +124,17 @@ def inverse_frequencies(layer: LayerConfig) -> Tensor:
     return F.pad(1.0 / (layer.rope_theta**exponents), (0, layer.head_dim // 2 - rotated))
 
 
+def derived_constants(config: ModelConfig) -> dict[str, Tensor]:
+    """Buffers that follow from the config and stand in no checkpoint, by name, float32."""
+    constants = {"embedding_scale": torch.tensor(config.embedding_scale, dtype=torch.float32, device="cpu")}
+    for layer in config.layers:
+        constants[f"{'sliding' if layer.sliding else 'full'}_inverse_frequencies"] = inverse_frequencies(layer)
+    return constants
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotate the halves of each head against each other: `x [B, S, heads, D]`, angles' `[B, S, D / 2]`."""
-    first, second = x.chunk(2, dim=-1)
+    first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     cosine, sine = cosine.unsqueeze(2), sine.unsqueeze(2)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
 
@@ -221,11 +229,6 @@ class Layer(nn.Module):
         return combined
 
 
-def _shared_frequencies(config: ModelConfig, sliding: bool) -> Tensor:
-    layers = [layer for layer in config.layers if layer.sliding == sliding]
-    return inverse_frequencies(layers[0]) if layers else torch.zeros(1)
-
-
 class _LayerView(NamedTuple):
     """What all layers of one type share in a step."""
 
@@ -238,6 +241,10 @@ class _LayerView(NamedTuple):
 class StepModel(nn.Module):
     """One step over `B` rows: embeddings, layers, and the readout of the rows that ask for it."""
 
+    embedding_scale: Tensor
+    sliding_inverse_frequencies: Tensor
+    full_inverse_frequencies: Tensor
+
     def __init__(self, config: ModelConfig, operations: Operations = REFERENCE) -> None:
         super().__init__()
         self.config, self.operations = config, operations
@@ -245,8 +252,8 @@ class StepModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config, layer, operations) for layer in config.layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_conditioning = SelfConditioning(config)
-        self.sliding_inverse_frequencies = nn.Buffer(_shared_frequencies(config, sliding=True), persistent=False)
-        self.full_inverse_frequencies = nn.Buffer(_shared_frequencies(config, sliding=False), persistent=False)
+        for name, constant in derived_constants(config).items():
+            self.register_buffer(name, constant, persistent=False)
 
     def forward(
         self, rows: Rows, readouts: Readouts, key_pools: list[Tensor], value_pools: list[Tensor]
@@ -260,7 +267,7 @@ class StepModel(nn.Module):
         """
         hidden, keys, values = self.transform(rows, key_pools, value_pools)
         readout = self.operations.canvas_readout(
-            hidden[readouts.rows],
+            hidden.index_select(0, readouts.rows),
             self.embed_tokens.weight,
             readouts.temperature,
             readouts.uniform,
@@ -275,7 +282,7 @@ class StepModel(nn.Module):
         self, rows: Rows, key_pools: list[Tensor], value_pools: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The rows' final normed states `[B, S, H]` and each layer's own K and V."""
-        views = {sliding: self._view(rows, sliding) for sliding in (True, False)}
+        views = {sliding: self._view(rows, sliding) for sliding in {layer.sliding for layer in self.config.layers}}
         x, keys, values = self._embed(rows), [], []
         for layer, facts, key_pool, value_pool in zip(
             self.layers, self.config.layers, key_pools, value_pools, strict=True
@@ -286,15 +293,17 @@ class StepModel(nn.Module):
         return self.norm(x), keys, values
 
     def _embed(self, rows: Rows) -> Tensor:
-        scale = torch.tensor(self.config.embedding_scale, dtype=self.embed_tokens.weight.dtype)
-        embeddings = self.embed_tokens(rows.token_ids) * scale
+        embeddings = self.embed_tokens(rows.token_ids)
+        embeddings = embeddings * self.embedding_scale.to(embeddings.dtype)
         conditioned = self.self_conditioning(embeddings, rows.self_conditioning)
         return torch.where(rows.denoise[:, None, None], conditioned, embeddings)
 
     def _view(self, rows: Rows, sliding: bool) -> _LayerView:
         frequencies = self.sliding_inverse_frequencies if sliding else self.full_inverse_frequencies
         positions = rows.start[:, None] + torch.arange(rows.token_ids.shape[1], device=rows.start.device)
-        angles = positions.unsqueeze(-1).float() * frequencies
+        # Angles in float32 or wider, whatever the weights' dtype: bfloat16 cannot tell positions past 256 apart.
+        wide = torch.promote_types(frequencies.dtype, torch.float32)
+        angles = positions.unsqueeze(-1).to(wide) * frequencies.to(wide)
         dtype = self.embed_tokens.weight.dtype
         if sliding:
             pages, interval = (

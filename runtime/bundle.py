@@ -104,7 +104,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Versions of the packages that made the bundle."""
     files: dict[str, FileRecord]
     verification: Verification | None = None
-    """Absent only while the exporter is still at work."""
+    unverified: str | None = None
+    """Why there is no verification, where there is none."""
 
 
 class Bundle:

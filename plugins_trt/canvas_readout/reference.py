@@ -10,8 +10,19 @@ BLOCKED = -1e30
 
 
 def softcapped_logits(hidden: Tensor, embedding: Tensor, softcap: float) -> Tensor:
-    """Logits of the tied head in float32, bounded to `(-softcap, softcap)`: `[..., H]`, `[V, H]` -> `[..., V]`."""
-    return softcap * torch.tanh((hidden @ embedding.T).float() / softcap)
+    """Logits of the tied head, float32 or wider, within `(-softcap, softcap)`: `[..., H]`, `[V, H]` -> `[..., V]`."""
+    logits = hidden @ embedding.T
+    return softcap * torch.tanh(logits.to(torch.promote_types(logits.dtype, torch.float32)) / softcap)
+
+
+def readout_logits(
+    hidden: Tensor, embedding: Tensor, temperature: Tensor, guard: Tensor, guarded_ids: Tensor, softcap: float
+) -> Tensor:
+    """Logits whose softmax is read out, `[R, S, V]`: divided by the temperature, guarded tokens blocked."""
+    scaled = softcapped_logits(hidden, embedding, softcap) / temperature[:, None, None]
+    blocked = torch.zeros(embedding.shape[0], device=hidden.device).index_fill(0, guarded_ids, BLOCKED)
+    first = scaled[:, :1] + torch.where(guard[:, None, None], blocked, 0.0)
+    return torch.cat((first, scaled[:, 1:]), dim=1)
 
 
 def canvas_readout(
@@ -44,16 +55,15 @@ def canvas_readout(
         `(argmax_ids [R, S], candidate_ids [R, S], entropy [R, S], soft_embedding [R, S, H])`: int64 ids, the entropy in
         float32 nats, the embedding in the table's dtype.
     """
-    scaled = softcapped_logits(hidden, embedding, softcap) / temperature[:, None, None]
-    blocked = torch.zeros(embedding.shape[0], device=hidden.device).index_fill(0, guarded_ids, BLOCKED)
-    first = scaled[:, :1] + torch.where(guard[:, None, None], blocked, 0.0)
-    scaled = torch.cat((first, scaled[:, 1:]), dim=1)
+    scaled = readout_logits(hidden, embedding, temperature, guard, guarded_ids, softcap)
     log_p = torch.log_softmax(scaled, dim=-1)
     p = log_p.exp()
     entropy = -(p * log_p).sum(dim=-1)
     cumulative = p.cumsum(dim=-1)
-    candidate = (cumulative <= uniform.unsqueeze(-1) * cumulative[..., -1:]).sum(dim=-1)
-    candidate = candidate.clamp(max=embedding.shape[0] - 1)
+    total = cumulative[..., -1:]
+    # Rounding may lift the threshold to the total; kept below it, the candidate has a positive probability.
+    threshold = torch.minimum(uniform.unsqueeze(-1) * total, total * (1 - 2**-23))
+    candidate = (cumulative <= threshold).sum(dim=-1)
     scale = torch.tensor(embedding_scale, dtype=embedding.dtype, device=embedding.device)
     soft_embedding = (p.to(embedding.dtype) @ embedding) * scale
     return scaled.argmax(dim=-1), candidate, entropy, soft_embedding

@@ -20,7 +20,7 @@ def expert_routing(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tupl
     Returns:
         `(expert_ids [T, K] int64, expert_weights [T, K])` by falling probability, the weights in the dtype of `logits`.
     """
-    probabilities = torch.softmax(logits.float(), dim=-1)
+    probabilities = torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
     weights, expert_ids = torch.topk(probabilities, top_k, dim=-1)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return expert_ids, (weights * per_expert_scale[expert_ids]).to(logits.dtype)

@@ -1,0 +1,170 @@
+"""Writing a bundle: all of it or nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+
+from export.checkpoint import Checkpoint
+from export.config import ModelConfig
+from export.onnx_graph import choose_expert_body, input_names, output_names, trace_step
+from export.staging import staged_directory
+from export.verification import verify
+from export.weights import Precision, place, point_to, write_weights
+from runtime.bundle import (
+    CHAT_TEMPLATE,
+    MANIFEST,
+    SCHEMA_VERSION,
+    STEP_GRAPH,
+    TOKENIZER,
+    WEIGHTS,
+    FileRecord,
+    LayerFacts,
+    Manifest,
+    ModelFacts,
+    Verification,
+    sha256,
+)
+from runtime.errors import BundleError
+
+Report = Callable[[str, float], None]
+"""Told the stage and the share of it that is done, 0 to 1."""
+
+_PACKAGES = ("dgemma", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+_VERIFICATION_BYTES = 24
+"""Memory a parameter takes during the verification: float32 and float64 models, the session and its packed copies."""
+
+
+def write_bundle(
+    checkpoint: Checkpoint,
+    out: Path,
+    name: str,
+    precision: Precision = Precision.FLOAT32,
+    force: bool = False,
+    report: Report = lambda stage, share: None,
+) -> Manifest:
+    """Export a checkpoint to the bundle directory `out`, which appears only when it is whole and verified.
+
+    Args:
+        checkpoint: what to export.
+        out: the directory to make.
+        name: how clients will name the model.
+        precision: of weights and states.
+        force: replace a bundle that is already at `out`.
+        report: told the progress.
+
+    Raises:
+        BundleError: `out` is taken, or the finished graph is further from the PyTorch model than rounding explains.
+        CheckpointError: a tensor's file was cut short meanwhile.
+    """
+    _check_target(out, force)
+    with staged_directory(out) as staging:
+        graph = _trace(checkpoint, precision, report)
+        files = {WEIGHTS: _write_weights(staging, graph, checkpoint, precision, report)}
+        ir.save(graph, staging / STEP_GRAPH)
+        _copy_texts(staging, checkpoint)
+        for file in (STEP_GRAPH, TOKENIZER, CHAT_TEMPLATE):
+            if (staging / file).exists():
+                files[file] = FileRecord(bytes=(staging / file).stat().st_size, sha256=sha256(staging / file))
+        report("verifying", 0.0)
+        verification, unverified = _verify(staging, checkpoint, precision)
+        report("verifying", 1.0)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            model=model_facts(checkpoint.config, name),
+            precision=precision.value,
+            generation=checkpoint.generation,
+            graph_inputs=input_names(checkpoint.config),
+            graph_outputs=output_names(checkpoint.config),
+            operator_versions=dict(graph.opset_imports),
+            expert_body=choose_expert_body(checkpoint.config).value,
+            source=checkpoint.directory.resolve().name,
+            source_sha256=_hash_sources(checkpoint, report),
+            exporter={package: importlib.metadata.version(package) for package in _PACKAGES},
+            files=files,
+            verification=verification,
+            unverified=unverified,
+        )
+        (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+    return manifest
+
+
+def model_facts(config: ModelConfig, name: str) -> ModelFacts:
+    """What the runtime must know of a model of this shape."""
+    return ModelFacts(
+        name=name,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        canvas_length=config.canvas_length,
+        sliding_window=config.sliding_window,
+        max_position=config.max_position,
+        layers=tuple(
+            LayerFacts(sliding=layer.sliding, kv_heads=layer.kv_heads, head_dim=layer.head_dim)
+            for layer in config.layers
+        ),
+    )
+
+
+def _check_target(out: Path, force: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / MANIFEST).is_file():
+        raise BundleError(f"{out}: is taken by something that is no bundle; choose another place or remove it")
+    if not force:
+        raise BundleError(f"{out}: holds a bundle already; --force replaces it")
+
+
+def _trace(checkpoint: Checkpoint, precision: Precision, report: Report) -> ir.Model:
+    report("tracing", 0.0)
+    graph = trace_step(checkpoint.config, precision.torch_dtype)
+    report("tracing", 1.0)
+    return graph
+
+
+def _write_weights(
+    staging: Path, graph: ir.Model, checkpoint: Checkpoint, precision: Precision, report: Report
+) -> FileRecord:
+    placements = place(checkpoint.tensors, precision)
+    for name, placement in placements.items():
+        point_to(graph.graph.initializers[name], placement, WEIGHTS)
+    total, done = sum(placement.bytes for placement in placements.values()), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        report("writing weights", done / total)
+
+    return write_weights(staging / WEIGHTS, checkpoint.tensors, placements, precision, advance)
+
+
+def _copy_texts(staging: Path, checkpoint: Checkpoint) -> None:
+    shutil.copyfile(checkpoint.directory / TOKENIZER, staging / TOKENIZER)
+    if checkpoint.chat_template is not None:
+        (staging / CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+
+
+def _verify(staging: Path, checkpoint: Checkpoint, precision: Precision) -> tuple[Verification | None, str | None]:
+    """The verification, or why there is none."""
+    if precision is not Precision.FLOAT32:
+        return None, f"{precision.value} is not computed by the CPU backend that verifies"
+    parameters = sum(tensor.elements for tensor in checkpoint.tensors.values())
+    needed = parameters * _VERIFICATION_BYTES
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        return None, f"verifying {parameters} parameters takes {needed >> 20} MiB of memory, {available >> 20} are free"
+    return verify(staging / STEP_GRAPH, checkpoint), None
+
+
+def _hash_sources(checkpoint: Checkpoint, report: Report) -> dict[str, str]:
+    paths, digests = checkpoint.source_files, {}
+    for index, path in enumerate(paths):
+        report("hashing the checkpoint", index / len(paths))
+        digests[path.name] = sha256(path)
+    report("hashing the checkpoint", 1.0)
+    return digests

@@ -1,0 +1,172 @@
+"""A Hugging Face checkpoint directory, opened and checked as a whole before anything is read from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from export.config import ModelConfig, read_config
+from export.generation_config import read_generation_defaults
+from export.model import StepModel
+from export.tensor_file import StoredTensor, read_header
+from runtime.bundle import CHAT_TEMPLATE, TOKENIZER, GenerationDefaults
+from runtime.errors import CheckpointError
+
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_NAMED = 20
+"""Complaints listed before the rest is only counted."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What an export takes from a checkpoint directory; tensors are read when asked for."""
+
+    directory: Path
+    config: ModelConfig
+    generation: GenerationDefaults
+    tensors: Mapping[str, StoredTensor]
+    """The step model's parameters by their name in the checkpoint."""
+    skipped: tuple[str, ...]
+    """Names of stored tensors that the step model has no use for: the vision tower, tied copies."""
+    chat_template: str | None
+
+    @property
+    def source_files(self) -> tuple[Path, ...]:
+        """The files the checkpoint was read from, in order of their names."""
+        texts = ("config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE, INDEX)
+        present = {path for name in texts if (path := self.directory / name).is_file()}
+        return tuple(sorted(present | {tensor.path for tensor in self.tensors.values()}))
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open a checkpoint directory and check that it holds exactly the tensors its `config.json` calls for.
+
+    Raises:
+        CheckpointError: a file is absent or malformed; or tensors are missing, surplus, misshapen, of a dtype that
+            is not a plain float, or cut short, all named in one message.
+    """
+    config = read_config(directory)
+    if not (directory / TOKENIZER).is_file():
+        raise CheckpointError(f"{directory / TOKENIZER}: is missing; save the tokenizer beside the model")
+    stored, faults = _stored_tensors(directory)
+    tensors, skipped, mismatches = _match(dict(_expected(config)), stored)
+    _complain(directory, [*faults, *mismatches])
+    return Checkpoint(
+        directory,
+        config,
+        read_generation_defaults(directory, config.vocab_size),
+        tensors,
+        skipped,
+        _chat_template(directory),
+    )
+
+
+def stored_name(parameter: str) -> str:
+    """Name in the checkpoint of a parameter of the step model."""
+    if parameter.endswith(".encoder_layer_scalar"):
+        return f"model.encoder.language_model.{parameter.replace('.encoder_layer_scalar', '.layer_scalar')}"
+    return f"model.decoder.{parameter}"
+
+
+def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor the step model takes from the checkpoint."""
+    with torch.device("meta"):
+        model = StepModel(config)
+    return ((stored_name(name), tuple(tensor.shape)) for name, tensor in model.state_dict().items())
+
+
+def _stored_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """All tensors of the directory's safetensors files, and what is wrong with the files."""
+    tensors: dict[str, StoredTensor] = {}
+    faults = []
+    for path in _tensor_files(directory):
+        try:
+            header = read_header(path)
+        except OSError as error:
+            faults.append(f"{path.name}: cannot be read ({error.strerror})")
+        except CheckpointError as error:
+            faults.append(str(error).removeprefix(f"{directory}/"))
+        else:
+            faults += [
+                f"{name}: stored twice, in {tensors[name].path.name} and {path.name}"
+                for name in tensors.keys() & header.keys()
+            ]
+            tensors |= header
+    return tensors, faults
+
+
+def _tensor_files(directory: Path) -> list[Path]:
+    if (directory / INDEX).is_file():
+        return [directory / name for name in _index_files(directory / INDEX)]
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{directory}: holds {', '.join(pickled)}, which are pickles and can run code when read; "
+            "save the model as safetensors"
+        )
+    raise CheckpointError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX}")
+
+
+def _index_files(path: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is no index of safetensors files ({error!r})") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: names {name!r}, which is no safetensors file of this directory")
+    return names
+
+
+def _match(
+    expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+) -> tuple[dict[str, StoredTensor], tuple[str, ...], list[str]]:
+    faults, skipped = [f"{name}: is missing" for name in expected.keys() - stored.keys()], []
+    for name, tensor in stored.items():
+        if name not in expected:
+            if _is_skipped(name, expected):
+                skipped.append(name)
+            else:
+                faults.append(f"{name}: is surplus")
+        elif tensor.shape != expected[name]:
+            faults.append(f"{name}: has shape {list(tensor.shape)} where config.json calls for {list(expected[name])}")
+        elif not tensor.is_float:
+            faults.append(f"{name}: has dtype {tensor.dtype}; only F64, F32, F16 and BF16 are read")
+    return {name: stored[name] for name in expected if name in stored}, tuple(sorted(skipped)), sorted(faults)
+
+
+def _is_skipped(name: str, expected: Mapping[str, Any]) -> bool:
+    """Vision weights, and copies of tied ones: the output head and the encoder's text weights."""
+    tied = name == "lm_head.weight" or name.replace("model.encoder.language_model.", "model.decoder.") in expected
+    return tied or name.startswith(("model.encoder.vision_tower.", "model.encoder.embed_vision."))
+
+
+def _complain(directory: Path, faults: list[str]) -> None:
+    if not faults:
+        return
+    named = faults[:_MOST_NAMED] + [f"and {len(faults) - _MOST_NAMED} more"] * (len(faults) > _MOST_NAMED)
+    raise CheckpointError(f"{directory}: {len(faults)} faults in its tensors:\n  " + "\n  ".join(named))
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The chat template: a file of its own, or in `tokenizer_config.json`; None where the checkpoint has none."""
+    path = directory / CHAT_TEMPLATE
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    path = directory / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    try:
+        template = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: is no JSON object ({error})") from error
+    if isinstance(template, list):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None

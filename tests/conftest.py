@@ -1,0 +1,22 @@
+"""Fixtures that several packages' tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime.bundle import Bundle
+from tests.tiny import export, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a random checkpoint: 3 layers, canvas of 16, window of 10, 5 experts, byte tokenizer."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The bundle of `tiny_checkpoint`, named `tiny`."""
+    return export(tiny_checkpoint, tmp_path_factory.mktemp("bundle") / "tiny")
