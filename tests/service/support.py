@@ -33,8 +33,10 @@ from runtime.errors import DgemmaError
 from runtime.events import Draft, Event
 from runtime.generation import Generation
 from runtime.prompt import PromptBuilder
-from runtime.runner import Limits, Runner
+from runtime.request import GenerationRequest
+from runtime.runner import Handle, Limits, Runner, Sink
 from runtime.vocabulary import Vocabulary
+from service.client import CallFailed
 from service.mailbox import Mailbox
 from service.served import Served
 from service.server import MAX_MESSAGE_BYTES, Server
@@ -135,12 +137,29 @@ class Scripts:
         return self.vocabulary.encode(answer) if isinstance(answer, str) else answer
 
 
+class WatchedRunner(Runner):
+    """A runner whose submissions a test on the event loop can wait for."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._submissions: asyncio.Queue[Handle] = asyncio.Queue()
+
+    def submit(self, request: GenerationRequest, sink: Sink, deadline: float | None = None) -> Handle:
+        handle = super().submit(request, sink, deadline)
+        self._submissions.put_nowait(handle)
+        return handle
+
+    async def submitted(self) -> Handle:
+        """Wait for the next request to be queued."""
+        return await asyncio.wait_for(self._submissions.get(), 10)
+
+
 @dataclass
 class Harness:
     """A running server and what lies behind it."""
 
     engine: FakeEngine
-    runner: Runner
+    runner: WatchedRunner
     served: Served
     server: Server
     channel: grpc.aio.Channel
@@ -172,7 +191,9 @@ def make_served(
     bundle = write_bundle(directory, facts)
     vocabulary = Vocabulary.load(bundle)
     engine = FakeEngine(facts, pool, answer=Scripts(vocabulary, answers), steps=steps, end_token_id=END)
-    runner = Runner(engine, partial(Generation, facts=facts, defaults=DEFAULTS, vocabulary=vocabulary), limits=limits)
+    runner = WatchedRunner(
+        engine, partial(Generation, facts=facts, defaults=DEFAULTS, vocabulary=vocabulary), limits=limits
+    )
     runner.start()
     return engine, Served(
         facts=facts,
@@ -196,11 +217,13 @@ async def serving(
 ) -> AsyncIterator[Harness]:
     """Serve `answers` on a free port for the time of the block."""
     engine, served = make_served(directory, answers or {}, **options)
+    runner = served.runner
+    assert isinstance(runner, WatchedRunner)
     server = Server("127.0.0.1:0")
     await server.start(served)
     channel = grpc.aio.insecure_channel(server.address, options=channel_options)
     try:
-        yield Harness(engine, served.runner, served, server, channel)
+        yield Harness(engine, runner, served, server, channel)
     finally:
         await channel.close()
         await server.stop(0)
@@ -222,6 +245,32 @@ def message(role: str, text: str) -> prompt_pb2.Message:
     return prompt_pb2.Message(
         role=prompt_pb2.Role.Value(f"ROLE_{role.upper()}"), parts=[prompt_pb2.ContentPart(text=text)]
     )
+
+
+async def until_failure(call: Any) -> tuple[list[Any], CallFailed]:
+    """What a call brings, and the status that then ends it."""
+    brought: list[Any] = []
+    try:
+        if hasattr(call, "__aiter__"):
+            async for response in call:
+                brought.append(response)
+        else:
+            brought.append(await call)
+    except grpc.aio.AioRpcError as error:
+        return brought, CallFailed.of(error)
+    raise AssertionError(f"the call went well: {brought}")
+
+
+async def failure_of(call: Any) -> CallFailed:
+    """The status that ends a call, which must bring nothing before it."""
+    brought, failure = await until_failure(call)
+    assert brought == []
+    return failure
+
+
+async def finished(call: Any) -> bool:
+    """Whether a stream came to its end."""
+    return bool([response async for response in call][-1].HasField("finished"))
 
 
 async def blocking(act: Any, *arguments: Any) -> Any:
