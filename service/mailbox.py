@@ -55,6 +55,12 @@ class Mailbox:
         """Always: a generation that runs to its end gives its pages back sooner than one parked for a slow reader."""
         return True
 
+    @property
+    def unread(self) -> int:
+        """Events that wait."""
+        with self._lock:
+            return len(self._kept) + (self._draft is not None)
+
     async def get(self) -> Event:
         """The oldest event that is kept, else the newest draft; waits for one.
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class PacedMailbox(Mailbox):
         return event
 
 
-@dataclass
+@dataclass(eq=False)
 class Scripts:
     """Answers by what the user said last; anything else is answered with itself."""
 
@@ -134,7 +134,26 @@ class Scripts:
         ).decode(errors="replace")
         asked = spelled.rpartition("<|turn>user\n")[2].partition("<turn|>")[0]
         answer = self.answers.get(asked, asked)
-        return self.vocabulary.encode(answer) if isinstance(answer, str) else answer
+        return self._encode(answer) if isinstance(answer, str) else answer
+
+    @cache  # noqa: B019  a test's script lives as long as its test
+    def _encode(self, answer: str) -> Sequence[int]:
+        return self.vocabulary.encode(answer)
+
+
+class WatchedHandle(Handle):
+    """A handle whose cancellation a test can wait for: every handler cancels when it is left."""
+
+    def __init__(self, handle: Handle) -> None:
+        self._handle, self._cancelled = handle, asyncio.Event()
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+        self._cancelled.set()
+
+    async def wait_cancelled(self) -> None:
+        """Wait until the handler has been left."""
+        await asyncio.wait_for(self._cancelled.wait(), 30)
 
 
 class WatchedRunner(Runner):
@@ -142,14 +161,14 @@ class WatchedRunner(Runner):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._submissions: asyncio.Queue[Handle] = asyncio.Queue()
+        self._submissions: asyncio.Queue[WatchedHandle] = asyncio.Queue()
 
     def submit(self, request: GenerationRequest, sink: Sink, deadline: float | None = None) -> Handle:
-        handle = super().submit(request, sink, deadline)
+        handle = WatchedHandle(super().submit(request, sink, deadline))
         self._submissions.put_nowait(handle)
         return handle
 
-    async def submitted(self) -> Handle:
+    async def submitted(self) -> WatchedHandle:
         """Wait for the next request to be queued."""
         return await asyncio.wait_for(self._submissions.get(), 10)
 
@@ -166,7 +185,11 @@ class Harness:
 
     @property
     def generation(self) -> Any:
-        return generation_pb2_grpc.GenerationServiceStub(self.channel)
+        return self.generation_of(self.channel)
+
+    @staticmethod
+    def generation_of(channel: grpc.aio.Channel) -> Any:
+        return generation_pb2_grpc.GenerationServiceStub(channel)
 
     @property
     def models(self) -> Any:
