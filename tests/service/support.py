@@ -182,6 +182,7 @@ class Harness:
     served: Served
     server: Server
     channel: grpc.aio.Channel
+    vocabulary: Vocabulary
 
     @property
     def generation(self) -> Any:
@@ -246,7 +247,7 @@ async def serving(
     await server.start(served)
     channel = grpc.aio.insecure_channel(server.address, options=channel_options)
     try:
-        yield Harness(engine, runner, served, server, channel)
+        yield Harness(engine, runner, served, server, channel, Vocabulary.load(Bundle(directory)))
     finally:
         await channel.close()
         await server.stop(0)

@@ -1,0 +1,338 @@
+"""Converse over a real socket and the fake engine: turns, history, cancellation, and what ends the stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from diffusiongemma.v1 import generation_pb2, options_pb2, prompt_pb2
+from service.client import CallFailed
+from service.conversation import MAX_WAITING_TURNS
+from tests.service.support import Harness, message, reached, serving
+
+Request, Response = generation_pb2.ConverseRequest, generation_pb2.ConverseResponse
+LONG = "an answer of several blocks, each one of thirty-two tokens. " * 3
+
+
+def setup(*history: prompt_pb2.Message, **fields: Any) -> Request:
+    return Request(setup=generation_pb2.ConversationSetup(history=history, **fields))
+
+
+def turn(text: str, options: options_pb2.GenerationOptions | None = None) -> Request:
+    parts = [prompt_pb2.ContentPart(text=text)]
+    return Request(start_turn=generation_pb2.TurnStart(parts=parts, options=options))
+
+
+def cancel(index: int) -> Request:
+    return Request(cancel_turn=generation_pb2.TurnCancel(turn_index=index))
+
+
+DRAFTS = options_pb2.GenerationOptions(drafts=options_pb2.DraftOptions(mode=options_pb2.DRAFT_MODE_ON))
+
+
+class Stream:
+    """The client's side, step by step."""
+
+    def __init__(self, call: Any) -> None:
+        self.call = call
+        self.responses: list[Response] = []
+
+    async def send(self, *requests: Request) -> None:
+        for request in requests:
+            await self.call.write(request)
+
+    async def until(self, kind: str) -> Response:
+        """Read up to the next event of a kind."""
+        while (response := await self.read()) is not None:
+            if response.WhichOneof("event") == kind:
+                return response
+        raise AssertionError(f"the stream ended before {kind}")
+
+    async def read(self) -> Response | None:
+        response = await self.call.read()
+        if response is grpc.aio.EOF:
+            return None
+        self.responses.append(response)
+        return response  # type: ignore[no-any-return]
+
+    async def rest(self) -> list[Response]:
+        """Half-close and read to the end; all responses of the stream."""
+        await self.call.done_writing()
+        while await self.read() is not None:
+            pass
+        return self.responses
+
+    async def failure(self) -> CallFailed:
+        """Read to the status that ends the stream."""
+        try:
+            while await self.read() is not None:
+                pass
+        except grpc.aio.AioRpcError as error:
+            return CallFailed.of(error)
+        raise AssertionError(f"the stream went well: {self.responses}")
+
+
+@asynccontextmanager
+async def conversing(directory: Path, answers: dict[str, str], **options: Any) -> AsyncIterator[tuple[Harness, Stream]]:
+    async with serving(directory, answers, **options) as harness:
+        yield harness, Stream(harness.generation.Converse(timeout=60))
+
+
+def by_turn(responses: list[Response]) -> dict[int, list[str]]:
+    """Kinds of events by turn, after checking that numbers have no gaps and turns do not mingle."""
+    assert [response.sequence_number for response in responses] == list(range(len(responses)))
+    indices = [response.turn_index for response in responses]
+    assert indices == sorted(indices)
+    found: dict[int, list[str]] = {}
+    for response in responses:
+        found.setdefault(response.turn_index, []).append(str(response.WhichOneof("event")))
+    return found
+
+
+def text_of(responses: list[Response], index: int) -> str:
+    return "".join(response.committed.text for response in responses if response.turn_index == index)
+
+
+def prompts_of(harness: Harness) -> list[str]:
+    """The prompts that reached the engine, in characters."""
+    vocabulary = harness.vocabulary
+    prompts: list[list[int]] = []
+    for row in harness.engine.rows:
+        if hasattr(row, "token_ids"):
+            if row.start == 0:
+                prompts.append([])
+            prompts[-1].extend(row.token_ids.tolist())
+    return [
+        b"".join(vocabulary.token_bytes(token) or vocabulary.spelling(token).encode() for token in prompt).decode()
+        for prompt in prompts
+    ]
+
+
+async def test_turns_build_on_each_other(tmp_path: Path) -> None:
+    """The history reaches the engine: what was set up, what was asked, and what was answered."""
+    history = (message("system", "Be brief."), message("user", "one"), message("model", "ONE"))
+    async with conversing(tmp_path, {"two": "TWO", "three": "THREE"}) as (harness, stream):
+        await stream.send(setup(*history), turn("two"))
+        await stream.until("finished")
+        await stream.send(turn("three"))
+        responses = await stream.rest()
+        assert by_turn(responses) == {0: ["started", "committed", "finished"], 1: ["started", "committed", "finished"]}
+        assert (text_of(responses, 0), text_of(responses, 1)) == ("TWO", "THREE")
+        head = "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\none<turn|>\n<|turn>assistant\nONE<turn|>\n"
+        asked = f"{head}<|turn>user\ntwo<turn|>\n"
+        assert prompts_of(harness) == [
+            f"{asked}<|turn>model",
+            f"{asked}<|turn>assistant\nTWO<turn|>\n<|turn>user\nthree<turn|>\n<|turn>model",
+        ]
+
+
+async def test_turns_typed_ahead_wait_and_half_close_ends_after_all(tmp_path: Path) -> None:
+    """Everything is sent before anything is read; all turns are answered, in order, and the stream ends with OK."""
+    async with conversing(tmp_path, {"a": LONG}) as (_, stream):
+        await stream.send(setup(options=DRAFTS), turn("a"), turn("b"), turn("c"))
+        responses = await stream.rest()
+        assert await stream.call.code() is grpc.StatusCode.OK
+    assert [text_of(responses, index) for index in range(3)] == [LONG, "b", "c"]
+    for kinds in by_turn(responses).values():
+        assert (kinds[0], kinds[-1]) == ("started", "finished")
+        assert set(kinds[1:-1]) <= {"draft", "committed"}
+
+
+async def test_a_conversation_without_turns_ends_well(tmp_path: Path) -> None:
+    async with conversing(tmp_path, {}) as (_, stream):
+        await stream.send(setup())
+        assert await stream.rest() == []
+        assert await stream.call.code() is grpc.StatusCode.OK
+
+
+async def test_a_cancelled_turn_leaves_no_trace(tmp_path: Path) -> None:
+    """Cancelled while its second block is open: the engine stops, and the next turn's prompt does not hold it."""
+    async with conversing(tmp_path, {"long": LONG, "next": "NEXT"}) as (harness, stream):
+        with harness.engine.hold("denoise", 6) as gate:
+            await stream.send(setup(options=DRAFTS), turn("long"))
+            await reached(gate)
+            handle = await harness.runner.submitted()
+            await stream.send(cancel(0), turn("next"))
+            await handle.wait_cancelled()
+        responses = await stream.rest()
+        kinds = by_turn(responses)
+        assert kinds[0][0] == "started"
+        assert kinds[0].count("committed") == 1
+        assert kinds[0][-1] == "cancelled"
+        assert "finished" not in kinds[0]
+        assert kinds[1][-1] == "finished"
+        assert text_of(responses, 1) == "NEXT"
+        assert "long" not in prompts_of(harness)[1]
+        # Six steps for the first turn, the held one being the last, and four for the second.
+        assert harness.engine.calls["denoise"] == 6 + 4
+
+
+async def test_a_waiting_turn_is_cancelled_unstarted(tmp_path: Path) -> None:
+    async with conversing(tmp_path, {}) as (harness, stream):
+        with harness.engine.hold("encode", 1) as gate:
+            await stream.send(setup(), turn("first"), turn("second"), turn("third"))
+            await reached(gate)
+            await stream.send(cancel(1), turn("fourth"))
+        responses = await stream.rest()
+    kinds = by_turn(responses)
+    assert kinds[1] == ["cancelled"]
+    assert [kinds[index][-1] for index in (0, 2, 3)] == ["finished"] * 3
+    assert all("second" not in prompt for prompt in prompts_of(harness))
+
+
+async def test_cancelling_a_turn_that_has_ended_does_nothing(tmp_path: Path) -> None:
+    async with conversing(tmp_path, {"a": "A"}) as (_, stream):
+        await stream.send(setup(), turn("a"))
+        await stream.until("finished")
+        await stream.send(cancel(0), cancel(0), turn("b"))
+        responses = await stream.rest()
+    assert by_turn(responses)[0][-1] == "finished"
+    assert text_of(responses, 1) == "b"
+
+
+async def test_a_turn_can_bring_its_own_options(tmp_path: Path) -> None:
+    """They replace the setup's as a whole, for one turn."""
+    two = options_pb2.GenerationOptions(max_output_token_count=2)
+    three = options_pb2.GenerationOptions(stop_sequences=["d"])
+    async with conversing(tmp_path, {}) as (_, stream):
+        await stream.send(setup(options=two), turn("abcdef"), turn("abcdef", three), turn("ghijkl"))
+        responses = await stream.rest()
+    assert [text_of(responses, index) for index in range(3)] == ["ab", "abc", "gh"]
+
+
+WRONG: list[Any] = [
+    pytest.param([turn("hi")], "start_turn", "setup comes first", id="no-setup"),
+    pytest.param([cancel(0)], "cancel_turn", "setup comes first", id="cancel-before-setup"),
+    pytest.param([setup(), setup()], "setup", "once", id="two-setups"),
+    pytest.param([setup(), Request()], "action", "missing", id="no-action"),
+    pytest.param([setup(), cancel(0)], "cancel_turn.turn_index", "0 turns", id="cancel-unstarted"),
+    pytest.param([setup(), turn("a"), cancel(-1)], "cancel_turn.turn_index", "from 0", id="cancel-negative"),
+    pytest.param([setup(message("user", "a"))], "setup.history[0].role", "start_turn", id="history-ends-with-user"),
+    pytest.param(
+        [setup(message("model", "a")), turn("b")], "setup.history[0].role", "follow", id="history-begins-with-model"
+    ),
+    pytest.param([setup(prompt_pb2.Message())], "setup.history[0].role", "ROLE_USER", id="history-without-role"),
+    pytest.param([setup(), turn("")], "start_turn.parts[0]", "no content", id="empty-turn"),
+    pytest.param(
+        [setup(), Request(start_turn=generation_pb2.TurnStart())],
+        "start_turn.parts",
+        "one part",
+        id="turn-without-parts",
+    ),
+    pytest.param([setup(), turn("x" * 5000)], "start_turn.parts", "4064", id="turn-too-long"),
+    pytest.param(
+        [setup(), turn("x", options_pb2.GenerationOptions(seed=-1))],
+        "start_turn.options.seed",
+        "from 0",
+        id="own-options",
+    ),
+    pytest.param(
+        [setup(options=options_pb2.GenerationOptions(seed=-1)), turn("x")], "setup.options.seed", "from 0", id="options"
+    ),
+]
+
+
+@pytest.mark.parametrize(("requests", "field", "says"), WRONG)
+async def test_a_wrong_message_ends_the_stream(tmp_path: Path, requests: list[Request], field: str, says: str) -> None:
+    async with conversing(tmp_path, {}) as (_, stream):
+        await stream.send(*requests)
+        failure = await stream.failure()
+    assert (failure.code, failure.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+    [violation] = failure.violations
+    assert violation.field == field
+    assert says in violation.description
+
+
+async def test_an_image_ends_the_stream(tmp_path: Path) -> None:
+    picture = generation_pb2.TurnStart(parts=[prompt_pb2.ContentPart(image=b"\x89PNG")])
+    async with conversing(tmp_path, {}) as (_, stream):
+        await stream.send(setup(), Request(start_turn=picture))
+        failure = await stream.failure()
+    assert (failure.code, failure.metadata) == (grpc.StatusCode.UNIMPLEMENTED, {"field": "start_turn.parts[0].image"})
+
+
+async def test_text_that_is_no_utf8_ends_the_stream(tmp_path: Path) -> None:
+    """Catches a message inside a stream that is read otherwise than a single one."""
+    raw = turn("@@@@").SerializeToString().replace(b"@@@@", b"\xff\xfe\xfd\xfc")
+    async with serving(tmp_path) as harness:
+        converse = harness.channel.stream_stream(
+            "/diffusiongemma.v1.GenerationService/Converse",
+            request_serializer=bytes,
+            response_deserializer=Response.FromString,
+        )
+        stream = Stream(converse(iter([setup().SerializeToString(), raw]), timeout=30))
+        failure = await stream.failure()
+    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.violations[0].field == "start_turn.parts[0].text"
+
+
+async def test_a_wrong_message_stops_the_open_turn(tmp_path: Path) -> None:
+    """The engine is free after the call in progress, though the turn itself was good."""
+    async with conversing(tmp_path, {"long": LONG}) as (harness, stream):
+        with harness.engine.hold("denoise", 2) as gate:
+            await stream.send(setup(), turn("long"))
+            await reached(gate)
+            await stream.send(setup())
+            handle = await harness.runner.submitted()
+            await handle.wait_cancelled()
+        failure = await stream.failure()
+        assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert harness.engine.calls["denoise"] == 2
+        assert "committed" not in by_turn(stream.responses)[0]
+
+
+async def test_too_many_waiting_turns_are_refused(tmp_path: Path) -> None:
+    async with conversing(tmp_path, {}) as (harness, stream):
+        with harness.engine.hold("encode", 1) as gate:
+            await stream.send(setup(), turn("open"))
+            await reached(gate)
+            await stream.send(*(turn(f"waiting {index}") for index in range(MAX_WAITING_TURNS + 1)))
+            handle = await harness.runner.submitted()
+            await handle.wait_cancelled()
+        failure = await stream.failure()
+    assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+
+
+@pytest.mark.parametrize("way", ["cancel", "disconnect"])
+async def test_a_client_that_goes_frees_the_engine(tmp_path: Path, way: str) -> None:
+    async with conversing(tmp_path, {"long": LONG}) as (harness, stream):
+        with harness.engine.hold("denoise", 2) as gate:
+            await stream.send(setup(), turn("long"), turn("next"))
+            await reached(gate)
+            handle = await harness.runner.submitted()
+            if way == "cancel":
+                stream.call.cancel()
+            else:
+                await harness.channel.close()
+            await handle.wait_cancelled()
+        await blocking_drain(harness)
+        assert harness.engine.calls["denoise"] == 2
+
+
+async def blocking_drain(harness: Harness) -> None:
+    """Wait until the engine has nothing left to do."""
+    assert await asyncio.to_thread(harness.runner.drain, 30)
+
+
+async def test_a_long_conversation_reaches_its_end_with_a_sentence(tmp_path: Path) -> None:
+    """A history that outgrows the context is refused with its length; what was answered before stands."""
+    async with conversing(tmp_path, {}) as (_, stream):
+        await stream.send(setup())
+        text = "x" * 1000  # answered with itself: 2000 tokens a turn, of 4096
+        failure = None
+        for _ in range(3):
+            await stream.send(turn(text))
+            try:
+                await stream.until("finished")
+            except grpc.aio.AioRpcError as error:
+                failure = CallFailed.of(error)
+                break
+    assert failure is not None
+    assert failure.violations[0].field == "start_turn.parts"
+    assert by_turn(stream.responses)[1][-1] == "finished"
