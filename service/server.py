@@ -1,7 +1,7 @@
-"""A server's life: bundle, port, engine, warm-up, SERVING; a signal, NOT_SERVING, drain, engine down, exit.
+"""A server's life: port, bundle, engine, warm-up, SERVING; a signal, NOT_SERVING, drain, engine down, exit.
 
-1. The bundle's manifest and tokenizer are read, and the port is bound: what can fail fast does so first.
-2. The engine loads and is warmed up by one short generation, so that the first client pays nothing.
+1. The port is bound: a taken one is told before gigabytes are read. Clients that come early wait.
+2. The bundle and its engine load, and one short generation warms it up, so that the first client pays nothing.
 3. The server starts, its services turn SERVING, and its address is announced.
 4. A signal turns them NOT_SERVING. New requests get UNAVAILABLE, open ones may end within the grace time; what is
    left then ends with UNAVAILABLE.

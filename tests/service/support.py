@@ -34,7 +34,8 @@ from runtime.events import Draft, Event
 from runtime.generation import Generation
 from runtime.prompt import PromptBuilder
 from runtime.request import GenerationRequest
-from runtime.runner import Handle, Limits, Runner, Sink
+from runtime.runner import Handle, Runner, Sink
+from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
 from service.client import CallFailed
 from service.mailbox import Mailbox

@@ -17,7 +17,7 @@ import pytest
 from diffusiongemma.v1 import options_pb2
 from runtime.engines.fake import FACTS, Call
 from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry
-from runtime.runner import Limits
+from runtime.scheduler import Limits
 from service.mailbox import Mailbox
 from tests.service.support import Harness, finished, reached, request, serving
 

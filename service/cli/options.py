@@ -1,0 +1,85 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import click
+
+from runtime.request import SamplingOverrides
+from service.cli.group import Failure
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+INT32, INT64 = click.IntRange(-(2**31), 2**31 - 1), click.IntRange(-(2**63), 2**63 - 1)
+"""What the contract's fields can carry; the ranges that make sense are the server's to check."""
+
+_SAMPLING = (
+    ("seed", "--seed", INT64, "Seed of the random numbers; drawn by the server where it is not given."),
+    ("max_output_tokens", "--max-tokens", INT32, "Most tokens to generate."),
+    ("max_denoising_steps", "--steps", INT32, "Most denoising steps for one block."),
+    ("entropy_bound", "--entropy-bound", float, "Joint entropy that a step may accept, in nats."),
+    ("t_min", "--temperature-min", float, "Temperature at the last step."),
+    ("t_max", "--temperature-max", float, "Temperature at the first step."),
+    ("stability_threshold", "--stability", INT32, "Steps without a change before a block may end early."),
+    ("confidence_threshold", "--confidence", float, "Mean entropy below which a block may end early, in nats."),
+)
+
+
+def address_option(function: Function) -> Function:
+    """`--address`: where the server listens."""
+    return click.option(
+        "--address",
+        default=DEFAULT_ADDRESS,
+        show_default=True,
+        envvar="DGEMMA_ADDRESS",
+        help="The server's address: host:port, or unix:path.",
+    )(function)
+
+
+def timeout_option(default: float, what: str = "the answer") -> Callable[[Function], Function]:
+    """`--timeout`: seconds until the call's deadline."""
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(min=0, min_open=True),
+        default=default,
+        show_default=True,
+        help=f"Seconds to wait for {what} as a whole.",
+    )
+
+
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that make up `sampling`, which the function is given as one argument."""
+
+    @wraps(function)
+    def collected(*arguments: Any, stop_strings: tuple[str, ...], end_token_guard: bool | None, **options: Any) -> Any:
+        values = {name: options.pop(name) for name, *_ in _SAMPLING}
+        sampling = SamplingOverrides(**values, end_token_guard=end_token_guard, stop_strings=stop_strings)
+        return function(*arguments, sampling=sampling, **options)
+
+    wrapped: Callable[..., Any] = click.option(
+        "--stop", "stop_strings", multiple=True, help="Text at which the answer stops; may be given many times."
+    )(collected)
+    wrapped = click.option(
+        "--end-token-guard/--no-end-token-guard", default=None, help="Forbid an empty answer; on by default."
+    )(wrapped)
+    for name, flag, kind, text in reversed(_SAMPLING):
+        wrapped = click.option(flag, name, type=kind, default=None, help=text)(wrapped)
+    return wrapped
+
+
+def prompt_text(argument: str | None) -> str:
+    """The prompt from the command line, or from standard input where it is `-` or absent and something is piped."""
+    if argument is not None and argument != "-":
+        return argument
+    if argument is None and sys.stdin.isatty():
+        raise click.UsageError("give a prompt, or pipe one in")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise Failure(f"the prompt on standard input is not UTF-8 at byte {error.start}") from error

@@ -1,0 +1,93 @@
+"""`dgemma serve`."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+import click
+
+from service.cli.options import DEFAULT_ADDRESS
+
+
+@click.command("serve")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--address",
+    default=DEFAULT_ADDRESS,
+    show_default=True,
+    envvar="DGEMMA_ADDRESS",
+    help="Where to listen: host:port, port 0 for a free one, or unix:path. There is no encryption and no login: "
+    "beyond this machine, put a proxy in front.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Threads of the engine; 0 for one a physical core.",
+)
+@click.option(
+    "--max-active",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Requests that are worked on in turn; each holds its K/V in memory.",
+)
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Requests that may wait; further ones are told when to come again.",
+)
+@click.option(
+    "--min-draft-interval",
+    type=click.FloatRange(min=0),
+    default=0.01,
+    show_default=True,
+    help="Seconds between two drafts at least, whatever a request asks for.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that open requests have to end after SIGTERM or SIGINT; the rest then end with UNAVAILABLE.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is logged on standard error, one line an event; prompts and answers never are.",
+)
+def command(
+    bundle: Path,
+    address: str,
+    threads: int,
+    max_active: int,
+    max_waiting: int,
+    min_draft_interval: float,
+    grace: float,
+    log_level: str,
+) -> None:
+    """Serve BUNDLE, a directory that `dgemma export` wrote, over gRPC.
+
+    Once clients are answered, one line on standard output tells the address. SIGTERM and SIGINT end the server: it
+    takes no more requests, lets open ones end, and exits with 0.
+    """
+    # Imported here: the engine takes longer to load than `--help` should.
+    from service import logs
+    from service.loading import Settings, load
+    from service.server import serve
+
+    logs.configure(log_level)
+    settings = Settings(bundle, threads, max_active, max_waiting, min_draft_interval)
+    asyncio.run(serve(address, partial(load, settings), grace, announce))
+
+
+def announce(address: str) -> None:
+    """Tell on standard output where the server listens, for whoever started it to read."""
+    click.echo(f"serving on {address}")

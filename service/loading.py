@@ -1,0 +1,103 @@
+"""From a bundle on disk to what a server serves: prompts, engine, its thread, and a first generation to warm it up."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from runtime.bundle import Bundle
+from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
+from runtime.errors import BundleError, DgemmaError
+from runtime.events import Event, Finished
+from runtime.generation import Generation
+from runtime.prompt import PromptBuilder
+from runtime.request import GenerationRequest, SamplingOverrides
+from runtime.runner import Runner
+from runtime.scheduler import Limits
+from runtime.vocabulary import Vocabulary
+from service.served import Served
+from service.server import MAX_MESSAGE_BYTES
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server is told of its engine and its limits."""
+
+    bundle: Path
+    threads: int
+    """Of the engine; 0: one a physical core."""
+    max_active: int
+    """Requests that share the engine."""
+    max_waiting: int
+    """Requests in the queue."""
+    min_draft_interval: float
+    """Seconds between two drafts at least, whatever a request asks for."""
+
+
+def load(settings: Settings) -> Served:
+    """Load a bundle and run one short generation, so that the first request finds everything allocated.
+
+    Raises:
+        BundleError: the bundle cannot be loaded, or its first generation fails.
+    """
+    bundle = Bundle(settings.bundle)
+    manifest = bundle.manifest
+    vocabulary = Vocabulary.load(bundle)
+    prompts = PromptBuilder(bundle, vocabulary)
+    engine = OnnxRuntimeEngine.load(bundle, Options(threads=settings.threads, canvas_slots=settings.max_active))
+    generations = partial(Generation, facts=manifest.model, defaults=manifest.generation, vocabulary=vocabulary)
+    runner = Runner(engine, generations, limits=Limits(settings.max_active, settings.max_waiting))
+    runner.start()
+    served = Served(
+        facts=manifest.model,
+        defaults=manifest.generation,
+        precision=manifest.precision,
+        engine="onnxruntime-cpu",
+        prompts=prompts,
+        runner=runner,
+        min_draft_interval=settings.min_draft_interval,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+    )
+    try:
+        _warm_up(served)
+    except BaseException:
+        runner.close()
+        raise
+    return served
+
+
+class _Ending:
+    """A sink that only waits for the end."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._outcome: Event | DgemmaError | None = None
+
+    def put(self, outcome: Event | DgemmaError) -> None:
+        if isinstance(outcome, Finished | DgemmaError):
+            self._outcome = outcome
+            self._ended.set()
+
+    def wants_draft(self) -> bool:
+        return False
+
+    def ready(self) -> bool:
+        return True
+
+    def wait(self) -> Event | DgemmaError | None:
+        self._ended.wait()
+        return self._outcome
+
+
+def _warm_up(served: Served) -> None:
+    """Two steps of one canvas: the first is without self-conditioning, the second with it."""
+    prompt_ids = served.prompts.token_ids([served.defaults.bos_token_id])
+    overrides = SamplingOverrides(seed=0, max_output_tokens=1, max_denoising_steps=2, stability_threshold=2)
+    sampling = overrides.resolve(served.defaults, served.facts.canvas_length)
+    ending = _Ending()
+    served.runner.submit(GenerationRequest(served.facts.name, prompt_ids, sampling), ending)
+    outcome = ending.wait()
+    if isinstance(outcome, DgemmaError):
+        raise BundleError(f"the first generation failed: {outcome}") from outcome
