@@ -108,10 +108,12 @@ class OnnxRuntimeEngine:
             for i, layer in self._layers()
         }
         self._run(self._encode_binding, feed | {"self_conditioning": unconditioned}, new)
+        [sliding] = self._slots_of(row.prefix.sliding_pages, row.start - row.prefix.sliding_base, length)
+        [full] = self._slots_of(row.prefix.full_pages, row.start, length)
         for kind in "kv":
             for i, layer in self._layers():
-                where = self._where(row.prefix, row.start, length, layer.sliding)
-                self._pools[f"{kind}_pool_{i}"][where] = new[f"{kind}_new_{i}"][0]
+                slots = sliding if layer.sliding else full
+                self._pools[f"{kind}_pool_{i}"][slots, 0] = new[f"{kind}_new_{i}"][0]
 
     def _denoise(self, row: DenoiseRow) -> Readout:
         state = self._slots[row.slot]
@@ -138,8 +140,7 @@ class OnnxRuntimeEngine:
         ends = np.full_like(positions, start + len(token_ids)) if denoise else positions + 1
         # Every token of a canvas sees the same window: the last w - 1 positions before the canvas, and the canvas.
         newest = np.full_like(positions, start) if denoise else positions
-        tables = self._tables(prefix, start)
-        return tables | {
+        return self._tables(prefix, start) | {
             "token_ids": np.ascontiguousarray(token_ids, np.int64)[np.newaxis],
             "start": np.array([start]),
             "denoise": np.array([denoise]),
@@ -150,20 +151,29 @@ class OnnxRuntimeEngine:
         }
 
     def _tables(self, prefix: Prefix, start: int) -> dict[str, Array]:
-        """Page tables that hold exactly what the row can see, whatever else the sequence holds.
+        """Tables of exactly the slots that the row can see, whatever else the sequence holds.
 
-        The attention's work, and its rounding, then follow from the row's position alone.
+        To the graph the pool is pages of one token: it copies what a table names anyway, and so no product is spent on
+        the rest of a page. The attention's work, and its rounding, then follow from the row's position alone.
         """
-        size = self.pool.page_size
-        oldest = max(0, start - (self.facts.sliding_window - 1)) // size
-        end = max(oldest + 1, -(-start // size))
-        first = prefix.sliding_base // size
+        oldest = max(0, start - (self.facts.sliding_window - 1))
         return {
-            "sliding_page_table": _table(prefix.sliding_pages[oldest - first : end - first]),
-            "sliding_page_base": np.array([oldest * size]),
-            "full_page_table": _table(prefix.full_pages[:end]),
+            "sliding_page_table": self._slots_of(prefix.sliding_pages, oldest - prefix.sliding_base, start - oldest),
+            "sliding_page_base": np.array([oldest]),
+            "full_page_table": self._slots_of(prefix.full_pages, 0, start),
             "full_page_base": np.zeros(1, np.int64),
         }
+
+    def _slots_of(self, pages: Sequence[int], first: int, count: int) -> Array:
+        """Slots in the pool of `count` tokens from the `first` of these pages on: `[1, count]`.
+
+        A table is never empty, so that no dimension of the graph is 0: at position 0 it names a slot that is not seen.
+        """
+        if count == 0:
+            return np.zeros((1, 1), np.int64)
+        page, slot = np.divmod(np.arange(first, first + count), self.pool.page_size)
+        slots: Array = np.asarray(pages, np.int64)[page] * self.pool.page_size + slot
+        return slots[np.newaxis]
 
     def _no_readout(self, length: int) -> dict[str, Array]:
         return {
@@ -181,29 +191,18 @@ class OnnxRuntimeEngine:
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         self._session.run_with_iobinding(binding, self._run_options)
 
-    def _where(self, prefix: Prefix, start: int, length: int, sliding: bool) -> tuple[Array, Array]:
-        """Page and slot of each of the row's own positions."""
-        pages, base = (prefix.sliding_pages, prefix.sliding_base) if sliding else (prefix.full_pages, 0)
-        slots = np.arange(start - base, start - base + length)
-        return np.asarray(pages, np.int64)[slots // self.pool.page_size], slots % self.pool.page_size
-
     def _layers(self) -> list[tuple[int, LayerFacts]]:
         return list(enumerate(self.facts.layers))
 
     def _empty_pool(self, layer: LayerFacts) -> Array:
         pages = self.pool.sliding_pages if layer.sliding else self.pool.full_pages
-        return np.zeros((pages, self.pool.page_size, layer.kv_heads, layer.head_dim), self._dtype)
+        return np.zeros((pages * self.pool.page_size, 1, layer.kv_heads, layer.head_dim), self._dtype)
 
     def _bound_pools(self) -> ort.IOBinding:
         binding = self._session.io_binding()
         for name, array in self._pools.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         return binding
-
-
-def _table(pages: Sequence[int]) -> Array:
-    # A table holds at least one page, so that no dimension of the graph is 0; what it leads to is before no prefix.
-    return np.array([pages or [0]], np.int64)
 
 
 def _session(bundle: Bundle, options: Options) -> ort.InferenceSession:
