@@ -3,6 +3,8 @@
 Control tokens of a prompt come from the template alone. The characters that control tokens begin and end with are
 replaced in every message by private characters before the template is rendered, so that no spelling, concatenation or
 trimming of texts can form a control token; when the template's own control tokens have been found they are put back.
+So a template that looks for control tokens inside texts, to cut thoughts out of past answers, finds none: answers are
+told without control tokens, and what a user types is text.
 """
 
 from __future__ import annotations
