@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
-from export.onnx_graph import choose_expert_body, input_names, output_names, trace_step
+from export.onnx_graph import input_names, output_names, trace_step
 from export.staging import staged_directory
 from export.verification import verify
 from export.weights import Precision, place, point_to, write_weights
+from plugins_trt.expert_ffn.onnx import ExpertBody, choose_body
 from runtime.bundle import (
     CHAT_TEMPLATE,
     MANIFEST,
@@ -65,7 +66,10 @@ def write_bundle(
     """
     _check_target(out, force)
     with staged_directory(out) as staging:
-        graph = _trace(checkpoint, precision, report)
+        expert_body = _choose_body(checkpoint.config)
+        report("tracing", 0.0)
+        graph = trace_step(checkpoint.config, expert_body, precision.torch_dtype)
+        report("tracing", 1.0)
         files = {WEIGHTS: _write_weights(staging, graph, checkpoint, precision, report)}
         ir.save(graph, staging / STEP_GRAPH)
         _copy_texts(staging, checkpoint)
@@ -83,7 +87,7 @@ def write_bundle(
             graph_inputs=input_names(checkpoint.config),
             graph_outputs=output_names(checkpoint.config),
             operator_versions=dict(graph.opset_imports),
-            expert_body=choose_expert_body(checkpoint.config).value,
+            expert_body=expert_body.value,
             source=checkpoint.directory.resolve().name,
             source_sha256=_hash_sources(checkpoint, report),
             exporter={package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -120,11 +124,9 @@ def _check_target(out: Path, force: bool) -> None:
         raise BundleError(f"{out}: holds a bundle already; --force replaces it")
 
 
-def _trace(checkpoint: Checkpoint, precision: Precision, report: Report) -> ir.Model:
-    report("tracing", 0.0)
-    graph = trace_step(checkpoint.config, precision.torch_dtype)
-    report("tracing", 1.0)
-    return graph
+def _choose_body(config: ModelConfig) -> ExpertBody:
+    matrices = 3 * config.hidden_size * config.expert_intermediate_size
+    return choose_body(config.experts, config.top_k_experts, len(config.layers) * config.experts * matrices)
 
 
 def _write_weights(

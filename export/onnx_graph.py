@@ -52,11 +52,12 @@ def output_names(config: ModelConfig) -> tuple[str, ...]:
     return (*readout, *(f"k_new_{i}" for i in layers), *(f"v_new_{i}" for i in layers))
 
 
-def trace_step(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ir.Model:
+def trace_step(config: ModelConfig, expert_body: ExpertBody, dtype: torch.dtype = torch.float32) -> ir.Model:
     """Trace the step of a model of this shape; no weight is ever materialised.
 
     Args:
         config: the model's shape.
+        expert_body: how the expert feed-forward is written in standard operators.
         dtype: of weights and states.
 
     Returns:
@@ -85,7 +86,11 @@ def trace_step(config: ModelConfig, dtype: torch.dtype = torch.float32) -> ir.Mo
         node.metadata_props.clear()  # stack traces of the tracing machine
     _fill_constants(graph, config)
     _name_dimensions(graph, config)
-    _attach_functions(graph, config)
+    # torch.onnx.export inlines every function it meets, so the local functions join after it.
+    sizes = config.vocab_size, config.experts, config.top_k_experts
+    for function in functions(*sizes, expert_body, ir.tensor(torch.zeros(0, dtype=dtype)).dtype):
+        graph.functions[function.identifier()] = function
+    graph.opset_imports[DOMAIN] = DOMAIN_VERSION
     return graph
 
 
@@ -111,11 +116,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def choose_expert_body(config: ModelConfig) -> ExpertBody:
-    """Which body the experts get."""
-    return ExpertBody.UNROLLED
 
 
 def _example(config: ModelConfig, dtype: torch.dtype) -> tuple[Rows, Readouts, list[Tensor], list[Tensor]]:
@@ -191,10 +191,3 @@ def _name_dimensions(model: ir.Model, config: ModelConfig) -> None:
             value.shape = ir.Shape(
                 [size if isinstance(size, int) else names.get(str(size), str(size)) for size in value.shape]
             )
-
-
-def _attach_functions(model: ir.Model, config: ModelConfig) -> None:
-    # torch.onnx.export inlines every function it meets, so the local functions join after it.
-    for function in functions(config.vocab_size, config.experts, config.top_k_experts):
-        model.functions[function.identifier()] = function
-    model.opset_imports[DOMAIN] = DOMAIN_VERSION

@@ -89,11 +89,14 @@ class FunctionBody:
         """Length of one axis as an int64 vector of one."""
         return self.Shape(x, start=axis, end=axis + 1)
 
-    def finish(self, *outputs: Value) -> ir.Function:
-        """The function with these outputs."""
+    def graph(self, *outputs: Value) -> ir.Graph:
+        """What was recorded as a graph with these outputs: the body of a Loop."""
         nodes = self._tape.nodes
         for index, value in enumerate(value for node in nodes for value in node.outputs):
             value.name = f"_dg_{self.name}_{index}"
-        graph = ir.Graph(self.inputs, outputs, nodes=nodes, opset_imports={"": OPSET}, name=self.name)
+        return ir.Graph(self.inputs, outputs, nodes=nodes, opset_imports={"": OPSET}, name=self.name)
+
+    def finish(self, *outputs: Value) -> ir.Function:
+        """What was recorded as a function with these outputs."""
         declared = [ir.Attr(name, ir.AttributeType.UNDEFINED, None) for name in self._attributes]
-        return ir.Function(DOMAIN, self.name, graph=graph, attributes=declared)
+        return ir.Function(DOMAIN, self.name, graph=self.graph(*outputs), attributes=declared)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from plugins_trt.canvas_attention import onnx as canvas_attention
 from plugins_trt.canvas_readout import onnx as canvas_readout
 from plugins_trt.expert_ffn import onnx as expert_ffn
+from plugins_trt.expert_ffn.onnx import ExpertBody
 from plugins_trt.expert_routing import onnx as expert_routing
 from plugins_trt.operations import Operations
 
@@ -19,11 +20,13 @@ TRACED = Operations(
 """Leaves a custom-domain node where the model calls an operation."""
 
 
-def functions(vocab_size: int, experts: int, top_k: int) -> list[ir.Function]:
+def functions(
+    vocab_size: int, experts: int, top_k: int, expert_body: ExpertBody, dtype: ir.DataType
+) -> list[ir.Function]:
     """The local functions that give a traced model's custom-domain nodes their meaning."""
     return [
         expert_routing.function(),
-        expert_ffn.function(experts, top_k),
+        expert_ffn.function(experts, top_k, expert_body, dtype),
         canvas_attention.function(),
         canvas_readout.function(vocab_size),
     ]

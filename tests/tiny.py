@@ -22,7 +22,7 @@ SHAPE = TinyShape(vocab_size=byte_tokenizer().get_vocab_size(), canvas_length=16
 
 def write_checkpoint(directory: Path, shape: TinyShape = SHAPE, seed: int = 0, shard_bytes: int | str = "5GB") -> Path:
     """Save a random model with its tokenizer and chat template as `transformers` does."""
-    reference_model(shape, seed).save_pretrained(directory, max_shard_size=shard_bytes)
+    reference_model(shape, seed).float().save_pretrained(directory, max_shard_size=shard_bytes)
     byte_tokenizer().save(str(directory / TOKENIZER))
     (directory / CHAT_TEMPLATE).write_text(TEMPLATE, encoding="utf-8")
     path = directory / "generation_config.json"

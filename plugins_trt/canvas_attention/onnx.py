@@ -72,7 +72,7 @@ def _mask(
     """0 or HIDDEN per token and key, `[B, 1, 1, S, T]` float32; the same nodes in all layers of a type."""
     zero, one, last = body.integer(0), body.integer(1), body.integers(-1)
     slots = body.Squeeze(body.Mul(body.dimension(page_table, 1), body.dimension(key_pool, 1)))
-    tokens = body.Squeeze(body.dimension(query, 1))
+    tokens = body.Squeeze(body.dimension(kv_start, 1))
     row_start = body.Unsqueeze(start, last)
     cached = body.Add(body.Unsqueeze(page_base, last), body.Range(zero, slots, one))
     # A slot at or past `start` holds no token of this prefix yet: position -1 is in no interval.

@@ -1,0 +1,133 @@
+"""The ONNX face of the canvas readout against its reference, in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from plugins_trt.canvas_readout.onnx import block_size, function
+from plugins_trt.canvas_readout.reference import canvas_readout, readout_logits
+from tests.plugins_trt.onnx_session import OperationSession
+
+EPS = torch.finfo(torch.float32).eps
+SOFTCAP = 30.0
+NAMES = ("hidden", "embedding", "temperature", "uniform", "guard", "guarded_ids")
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A readout's sizes."""
+
+    catches: str
+    rows: int = 2
+    positions: int = 5
+    hidden: int = 16
+    vocabulary: int = 60
+    temperature: float = 0.7
+    spread: float = 1.0
+    """Of the logits."""
+    guarded: tuple[int, ...] = (1, 59)
+
+
+CASES = [
+    Canvas("an ordinary canvas"),
+    Canvas("a prime vocabulary: blocks of one token", vocabulary=61, guarded=(1,)),
+    Canvas("one position: the guarded one", positions=1),
+    Canvas("no row: an encode call", rows=0),
+    Canvas("nothing to guard", guarded=()),
+    Canvas(
+        "logits far beyond the softcap and a low temperature: nearly all weights underflow",
+        spread=60.0,
+        temperature=0.05,
+    ),
+    Canvas("flat logits: every block counts", spread=0.001),
+]
+
+
+def arguments(case: Canvas) -> list[Tensor]:
+    random = torch.Generator().manual_seed(case.vocabulary)
+    return [
+        case.spread * torch.randn(case.rows, case.positions, case.hidden, generator=random),
+        torch.randn(case.vocabulary, case.hidden, generator=random) / case.hidden**0.5,
+        torch.full((case.rows,), case.temperature),
+        torch.rand(case.rows, case.positions, generator=random),
+        torch.arange(case.rows) % 2 == 0,
+        torch.tensor(case.guarded, dtype=torch.int64),
+    ]
+
+
+def run(case: Canvas, inputs: list[Tensor]) -> list[Tensor]:
+    session = OperationSession(
+        function(case.vocabulary),
+        dict(zip(NAMES, inputs, strict=True)),
+        [(torch.int64, 2), (torch.int64, 2), (torch.float32, 2), (torch.float32, 3)],
+        {"softcap": SOFTCAP, "embedding_scale": case.hidden**0.5},
+    )
+    return session(*inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.catches)
+def test_readout(case: Canvas) -> None:
+    inputs = arguments(case)
+    got_argmax, got_candidates, got_entropy, got_soft = run(case, inputs)
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    argmax, candidates, entropy, soft = canvas_readout(*wide, SOFTCAP, case.hidden**0.5)
+    # A logit is a sum of `hidden` terms, then capped: its error over the temperature is what all else follows.
+    hidden, embedding = inputs[0], inputs[1]
+    products = (hidden.abs() @ embedding.abs().T).max().item() if case.rows else 0.0
+    logit = EPS * ((case.hidden + 2) * products + 4 * SOFTCAP) / case.temperature
+    assert torch.equal(got_argmax, argmax)
+    assert torch.equal(got_candidates, candidates)
+    torch.testing.assert_close(got_soft.double(), soft, rtol=0, atol=_soft_bound(case, inputs, logit))
+    spread = 2 * SOFTCAP / case.temperature
+    torch.testing.assert_close(got_entropy.double(), entropy, rtol=0, atol=2 * logit * (1 + spread) + 64 * EPS * spread)
+
+
+def _soft_bound(case: Canvas, inputs: list[Tensor], logit: float) -> float:
+    """Shares follow the logits relatively, and V of them are added."""
+    return (4 * logit + 2 * case.vocabulary * EPS) * inputs[1].abs().max().item() * case.hidden**0.5
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2.0**-24])
+def test_candidates_at_the_ends_of_the_distribution_have_a_positive_probability(uniform: float) -> None:
+    """The largest float32 below 1 times the total rounds to the total; no token's cumulative sum exceeds that."""
+    case = replace(CASES[0], vocabulary=400, guarded=(0, 1, 398, 399), spread=0.1)
+    inputs = arguments(case)
+    inputs[3] = torch.full_like(inputs[3], uniform)
+    inputs[4] = torch.ones_like(inputs[4])
+    _, candidates, _, _ = run(case, inputs)
+    assert not set(candidates[:, 0].tolist()) & set(case.guarded)
+    assert torch.equal(candidates, canvas_readout(*inputs, SOFTCAP, 4.0)[1])
+
+
+def test_the_guard_blocks_position_0_alone() -> None:
+    """A guarded token, though the most probable by far, is not taken at position 0 of guarded rows, and is elsewhere."""
+    case = replace(CASES[0], guarded=(7,))
+    inputs = arguments(case)
+    inputs[0] = 50 * inputs[1][7].expand_as(inputs[0]).contiguous()
+    argmax, candidates, entropy, _ = run(case, inputs)
+    assert argmax[0, 0] != 7
+    assert candidates[0, 0] != 7
+    assert bool(torch.isfinite(entropy).all())
+    assert (argmax[0, 1:] == 7).all()
+    assert (argmax[1] == 7).all(), "row 1 is not guarded"
+
+
+def test_candidates_follow_the_distribution() -> None:
+    """Over evenly spaced uniform numbers each token is drawn as often as its probability says, to within one draw."""
+    case = replace(CASES[0], rows=1, positions=4000, guarded=())
+    inputs = arguments(case)
+    inputs[0] = inputs[0][:, :1].expand_as(inputs[0]).contiguous()
+    inputs[3] = ((torch.arange(4000) + 0.5) / 4000)[None]
+    counts = run(case, inputs)[1].flatten().bincount(minlength=case.vocabulary)
+    logits = readout_logits(*(inputs[i].double() for i in (0, 1, 2)), inputs[4], inputs[5], SOFTCAP)
+    expected = logits[0, 0].softmax(-1) * 4000
+    assert (counts - expected).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [(4096, 64), (262_144, 512), (61, 1), (60, 6), (1, 1)])
+def test_blocks_are_near_the_root(vocabulary: int, size: int) -> None:
+    assert block_size(vocabulary) == size
