@@ -1,0 +1,137 @@
+"""Measures exact match and steps a canvas on held-out prompts: the reference's sampler, batched, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from random import Random
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from checkpoints.pocket_recipe.batches import CANVAS, prompt_text
+from checkpoints.pocket_recipe.passes import Prefix, denoise, encode
+from checkpoints.pocket_recipe.tasks import TASKS, Example, correct, draw
+from checkpoints.pocket_recipe.tokenizer import END_TOKENS
+from export.model import StepModel
+from plugins_trt.canvas_readout.reference import canvas_readout
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sampler's settings under the names of `generation_config.json`."""
+
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one task."""
+
+    prompts: int
+    exact: float
+    steps: float
+    wrong: tuple[tuple[str, str, str], ...]
+    """A few `(prompt, expected, answer)`."""
+
+
+@torch.inference_mode()
+def generate(
+    model: StepModel, prefixes: list[list[int]], settings: Settings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Denoise one canvas for each prefix: the argmax canvases `[B, 256]` and the steps each took, `[B]`."""
+    device = model.embed_tokens.weight.device
+    prefix = _encode(model, prefixes, device)
+    B, config = len(prefixes), model.config
+
+    def noise() -> Tensor:
+        return torch.randint(config.vocab_size, (B, CANVAS), generator=generator, device=device)
+
+    canvas, best, soft = noise(), torch.full((B, CANVAS), -1, device=device), None
+    steps, running = torch.zeros(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    # As in the service, an answer does not begin with its end.
+    guard, guarded = torch.ones(B, dtype=torch.bool, device=device), torch.tensor(END_TOKENS, device=device)
+    for remaining in range(settings.max_denoising_steps, 0, -1):
+        steps += running
+        fraction = remaining / settings.max_denoising_steps
+        temperature = torch.full((B,), settings.t_min + (settings.t_max - settings.t_min) * fraction, device=device)
+        uniform = torch.rand(B, CANVAS, generator=generator, device=device)
+        hidden = denoise(model, canvas, prefix, soft)
+        weight = model.embed_tokens.weight
+        argmax, candidate, entropy, soft = canvas_readout(
+            hidden, weight, temperature, uniform, guard, guarded, config.final_logit_softcap, config.embedding_scale
+        )
+        stable = (argmax == best).all(1)
+        best = torch.where(running[:, None], argmax, best)
+        canvas = torch.where(_accepted(entropy, settings.entropy_bound), candidate, noise())
+        running &= ~(stable & (entropy.mean(1) < settings.confidence_threshold))
+        if not running.any():
+            break
+    return best, steps
+
+
+def _encode(model: StepModel, prefixes: list[list[int]], device: torch.device) -> Prefix:
+    length = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+    tokens = torch.zeros(len(prefixes), -(-int(length.max()) // 16) * 16, dtype=torch.int64)
+    for row, prefix in zip(tokens, prefixes, strict=True):
+        row[: len(prefix)] = torch.tensor(prefix)
+    return encode(model, tokens.to(device), length)[1]
+
+
+def _accepted(entropy: Tensor, bound: float) -> Tensor:
+    ordered, order = entropy.sort(1)
+    kept = ordered.cumsum(1) - ordered <= bound
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def answer_text(tokenizer: Tokenizer, canvas: list[int]) -> str:
+    """The text before the first end token."""
+    ends = [index for index, token in enumerate(canvas) if token in END_TOKENS]
+    return tokenizer.decode(canvas[: ends[0]] if ends else canvas)
+
+
+def evaluate(
+    model: StepModel, tokenizer: Tokenizer, settings: Settings, prompts: int, seed: int, rows: int = 512
+) -> dict[str, Score]:
+    """Exact match of `prompts` held-out prompts a task."""
+    rng = Random(seed)
+    asked = [(task.name, draw(task, rng, from_held_out=True)) for task in TASKS for _ in range(prompts)]
+    # Like lengths together: a batch is as long as its longest prefix.
+    prefixes = [tokenizer.encode(prompt_text(example.messages), add_special_tokens=False).ids for _, example in asked]
+    order = sorted(range(len(asked)), key=lambda index: len(prefixes[index]))
+    generator = torch.Generator(model.embed_tokens.weight.device).manual_seed(seed)
+    results: list[tuple[str, Example, str, float]] = []
+    for first in range(0, len(order), rows):
+        chosen = order[first : first + rows]
+        canvases, steps = generate(model, [prefixes[index] for index in chosen], settings, generator)
+        for index, canvas, count in zip(chosen, canvases.tolist(), steps.tolist(), strict=True):
+            results.append((*asked[index], answer_text(tokenizer, canvas), count))
+    return {task.name: _score([result for result in results if result[0] == task.name]) for task in TASKS}
+
+
+def _score(results: list[tuple[str, Example, str, float]]) -> Score:
+    right = [correct(example, answer) for _, example, answer, _ in results]
+    wrong = [
+        (example.messages[-1]["content"], example.expected, answer)
+        for (_, example, answer, _), good in zip(results, right, strict=True)
+        if not good
+    ]
+    steps = [count for *_, count in results]
+    return Score(len(results), sum(right) / len(right), sum(steps) / len(steps), tuple(wrong[:4]))
+
+
+def report(scores: dict[str, Score], settings: Settings) -> dict[str, object]:
+    """The scores as one JSON object, with their means."""
+    count = len(scores)
+    return {
+        "settings": asdict(settings),
+        "mean_exact": sum(score.exact for score in scores.values()) / count,
+        "least_exact": min(score.exact for score in scores.values()),
+        "mean_steps": sum(score.steps for score in scores.values()) / count,
+        "tasks": {name: asdict(score) for name, score in scores.items()},
+    }
