@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from runtime.bundle import Bundle
 from tests.tiny import export, write_checkpoint
+
+# The tests' tensors are tiny: a second thread brings nothing, and on a busy machine it waits for the first at every
+# operation (the engines' tests: 107 s with two threads).
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
