@@ -54,7 +54,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not (directory / TOKENIZER).is_file():
         raise CheckpointError(f"{directory / TOKENIZER}: is missing; save the tokenizer beside the model")
     stored, faults = _stored_tensors(directory)
-    tensors, skipped, mismatches = _match(dict(_expected(config)), stored)
+    tensors, skipped, mismatches = _match(dict(expected_tensors(config)), stored)
     _complain(directory, [*faults, *mismatches])
     return Checkpoint(
         directory,
@@ -73,7 +73,7 @@ def stored_name(parameter: str) -> str:
     return f"model.decoder.{parameter}"
 
 
-def _expected(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor the step model takes from the checkpoint."""
     with torch.device("meta"):
         model = StepModel(config)

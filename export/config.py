@@ -63,8 +63,10 @@ def read_config(directory: Path) -> ModelConfig:
     return parse_config(raw, str(path))
 
 
-def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
+def parse_config(raw: Any, where: str = "config.json") -> ModelConfig:
     """Read a parsed `config.json`; `where` names it in messages. Raises CheckpointError as `read_config` does."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where}: must hold a JSON object")
     reader = _Reader(raw, where)
     reader.require("model_type", {"diffusion_gemma"})
     text = reader.section("text_config")
@@ -123,16 +125,23 @@ def _layer(text: _Reader, index: int, kind: str) -> LayerConfig:
 def _layer_shape(text: _Reader, index: int, kind: str) -> dict[str, int]:
     """Head sizes of a layer: newer configs override them per layer, older ones by `global_*` for full layers."""
     shape = {name: text.integer(name) for name in ("head_dim", "num_key_value_heads")}
-    overrides = text.raw.get("per_layer_config")
-    if overrides is not None:
-        layer = text.section("per_layer_config").raw.get(str(index), {})
-        return shape | {name: value for name, value in layer.items() if name in shape}
+    if text.raw.get("per_layer_config") is not None:
+        return shape | _overrides(text.section("per_layer_config"), index, shape)
     if kind == "full_attention":
         # The reference's defaults of the older spelling: heads of 512, as many K/V heads as the sliding layers.
         shape["head_dim"] = text.integer("global_head_dim", default=512)
         if text.raw.get("num_global_key_value_heads") is not None:
             shape["num_key_value_heads"] = text.integer("num_global_key_value_heads")
     return shape
+
+
+def _overrides(layers: _Reader, index: int, shape: dict[str, int]) -> dict[str, int]:
+    """What the newer spelling says of one layer; its keys are layer numbers, padded with zeros to equal length."""
+    names = [name for name in layers.raw if name.isdecimal() and int(name) == index]
+    layer = layers.section(names[0]) if names else _Reader({}, layers.where)
+    for name in layer.raw.keys() - shape.keys():
+        raise layer.error(name, f"cannot differ between layers here; only {sorted(shape)} can")
+    return {name: layer.integer(name) for name in layer.raw}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -75,13 +76,13 @@ def write_weights(
             digest.update(bytes(placement.offset - position))
             file.seek(placement.offset)
             for chunk in tensors[name].chunks():
-                values = chunk.to(precision.torch_dtype).view(torch.uint8).numpy()
-                data = values.data
+                values = chunk.to(precision.torch_dtype)
+                data = values.view(torch.uint8).numpy().data
                 digest.update(data)
                 if values.any():
                     file.write(data)
                 else:
-                    file.seek(len(data), 1)
+                    file.seek(len(data), os.SEEK_CUR)
                 advance(len(data))
             position = placement.offset + placement.bytes
         file.truncate(position)

@@ -104,7 +104,7 @@ def test_candidates_at_the_ends_of_the_distribution_have_a_positive_probability(
 
 
 def test_the_guard_blocks_position_0_alone() -> None:
-    """A guarded token, though the most probable by far, is not taken at position 0 of guarded rows, and is elsewhere."""
+    """A guarded token, though the most probable by far, is taken everywhere but at position 0 of guarded rows."""
     case = replace(CASES[0], guarded=(7,))
     inputs = arguments(case)
     inputs[0] = 50 * inputs[1][7].expand_as(inputs[0]).contiguous()
