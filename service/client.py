@@ -11,6 +11,7 @@ Every call takes a timeout, which travels as the call's deadline; gRPC itself wo
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -103,11 +104,43 @@ def _failures() -> Iterator[None]:
         raise CallFailed.of(error) from error
 
 
+class _Responses:
+    """The responses of a stream, read as soon as they come by a thread of their own.
+
+    So a reader may be slow, be interrupted, and go on: gRPC's own iterator can be neither, once it was interrupted.
+    """
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        """None at the end."""
+        self._failure: CallFailed | None = None
+        threading.Thread(target=self._receive, name="responses", daemon=True).start()
+
+    def __iter__(self) -> Iterator[Any]:
+        while (response := self._received.get()) is not None:
+            yield response
+        self._received.put(None)  # for the next reader
+        if self._failure is not None:
+            raise self._failure
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    def _receive(self) -> None:
+        try:
+            for response in self._call:
+                self._received.put(response)
+        except grpc.RpcError as error:
+            self._failure = CallFailed.of(error)
+        self._received.put(None)
+
+
 class Events:
     """The events of one generation, as they come; kinds that this version does not know are skipped."""
 
     def __init__(self, call: Any) -> None:
-        self._call = call
+        self._responses = _Responses(call)
 
     def __iter__(self) -> Iterator[Event]:
         """Iterate over the events.
@@ -115,14 +148,13 @@ class Events:
         Raises:
             CallFailed: the generation ended badly.
         """
-        with _failures():
-            for response in self._call:
-                if (event := event_of(response)) is not None:
-                    yield event
+        for response in self._responses:
+            if (event := event_of(response)) is not None:
+                yield event
 
     def cancel(self) -> None:
         """End the call; the server stops within a denoising step."""
-        self._call.cancel()
+        self._responses.cancel()
 
 
 @dataclass(frozen=True)
@@ -137,7 +169,7 @@ class Conversation:
         self._requests: queue.SimpleQueue[generation_pb2.ConverseRequest | None] = queue.SimpleQueue()
         self._requests.put(generation_pb2.ConverseRequest(setup=setup))
         self._turns = 0
-        self._call: Any = stub.Converse(iter(self._requests.get, None), timeout=timeout)
+        self._responses = _Responses(stub.Converse(iter(self._requests.get, None), timeout=timeout))
 
     def start_turn(self, text: str, options: options_pb2.GenerationOptions | None = None) -> int:
         """Send a user's message, with settings of its own or the conversation's; returns the turn's index."""
@@ -156,21 +188,20 @@ class Conversation:
         self._requests.put(None)
 
     def __iter__(self) -> Iterator[tuple[int, Event | TurnCancelled]]:
-        """Iterate over turns' indices and events; can be left and taken up again.
+        """Iterate over turns' indices and events; can be left, or interrupted, and taken up again by another iterator.
 
         Raises:
             CallFailed: the conversation ended badly.
         """
-        with _failures():
-            for response in self._call:
-                if response.HasField("cancelled"):
-                    yield response.turn_index, TurnCancelled()
-                elif (event := event_of(response)) is not None:
-                    yield response.turn_index, event
+        for response in self._responses:
+            if response.HasField("cancelled"):
+                yield response.turn_index, TurnCancelled()
+            elif (event := event_of(response)) is not None:
+                yield response.turn_index, event
 
     def close(self) -> None:
         """End the stream at once."""
-        self._call.cancel()
+        self._responses.cancel()
         self._requests.put(None)
 
     def __enter__(self) -> Conversation:

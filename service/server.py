@@ -110,8 +110,8 @@ class Server:
         Returns:
             Whether all requests ended by themselves.
         """
-        await self._health.enter_graceful_shutdown()
         self._calls.drain()
+        await self._health.enter_graceful_shutdown()
         drained = True
         if self._runner is not None:
             drained = await asyncio.to_thread(self._runner.drain, grace)

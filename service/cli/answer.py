@@ -70,18 +70,18 @@ class LiveAnswer:
             whole, line_break, self._line = (self._line + event.text).rpartition("\n")
             self._draft = Text()
             if line_break:
-                self._console.print(Text(whole))
+                self._console.print(Text(printable(whole)))
 
     def end(self) -> None:
         """Replace what is live by the committed text alone."""
         self._live.stop()
         if self._line:
-            self._console.print(Text(self._line))
+            self._console.print(Text(printable(self._line)))
         self._line, self._draft = "", Text()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The last lines, as many as the terminal is high: what is drawn in place must not scroll."""
-        lines = console.render_lines(Text.assemble(self._line, self._draft), options, pad=False)
+        lines = console.render_lines(Text.assemble(printable(self._line), self._draft), options, pad=False)
         for line in lines[-max(1, console.height - 1) :]:
             yield from line
             yield Segment.line()
@@ -98,7 +98,11 @@ def draft_text(draft: Draft) -> Text:
     start = 0
     for position, length in enumerate(draft.token_text_lengths):
         style = shade(float(draft.entropy[position]), bool(draft.accepted[position]))
-        text.append(draft.text[start : start + length], style=style)
+        text.append(printable(draft.text[start : start + length]), style=style)
         start += length
-    text.append(draft.text[start:])
     return text
+
+
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: an answer may hold anything."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "�" for letter in text)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from service.cli.connection import connected
 from service.cli.options import address_option, prompt_text, timeout_option
-from service.client import Client
 
 
 @click.command("count")
@@ -15,5 +15,5 @@ from service.client import Client
 def command(prompt: str | None, address: str, timeout: float) -> None:
     """Count the tokens of PROMPT, or of what is piped in, as the server would render it."""
     text = prompt_text(prompt)
-    with Client(address) as client:
+    with connected(address) as client:
         click.echo(client.count_tokens(text, timeout=timeout))

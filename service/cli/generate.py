@@ -9,8 +9,8 @@ from runtime.events import Finished, FinishReason
 from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides
 from service.cli.answer import Answer, PlainAnswer, answer_on
+from service.cli.connection import connected, uninterrupted
 from service.cli.options import address_option, prompt_text, sampling_options, timeout_option
-from service.client import Client
 
 DRAFT_INTERVAL = 0.05
 """Seconds: as often as a terminal is redrawn."""
@@ -44,22 +44,20 @@ def command(
     live = console.is_terminal if drafts is None else drafts and console.is_terminal
     text = prompt_text(prompt)
     messages = [Message(Role.SYSTEM, system)] if system is not None else []
-    with Client(address) as client:
-        events = client.generate(
-            [*messages, Message(Role.USER, text)],
-            sampling,
-            draft_interval=DRAFT_INTERVAL if live else None,
-            timeout=timeout,
-        )
+    with connected(address) as client:
+        with uninterrupted():
+            events = client.generate(
+                [*messages, Message(Role.USER, text)],
+                sampling,
+                draft_interval=DRAFT_INTERVAL if live else None,
+                timeout=timeout,
+            )
         answer: Answer = answer_on(console) if live else PlainAnswer()
         try:
             for event in events:
                 answer.show(event)
                 if isinstance(event, Finished):
                     finished = event
-        except KeyboardInterrupt:
-            events.cancel()
-            raise click.Abort from None
         finally:
             answer.end()
     if stats:

@@ -42,6 +42,10 @@ Exit codes:
 """
 
 
+INTERRUPTED = 130
+"""As shells tell a program that SIGINT ended."""
+
+
 class Failure(click.ClickException):
     """Ends the program with a sentence on standard error."""
 
@@ -81,7 +85,9 @@ class LazyGroup(click.Group):
             if plugin is None:
                 raise
             raise _missing(plugin, error) from error
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.Abort, KeyboardInterrupt) as error:
+            raise Failure("interrupted", INTERRUPTED) from error
+        except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
             failure = _told(error)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from runtime.bundle import Bundle, Manifest
+from service.cli.columns import echo_columns
 
 
 @click.command("inspect")
@@ -17,14 +16,11 @@ from runtime.bundle import Bundle, Manifest
 def command(bundle: Path, verify: bool) -> None:
     """Show what BUNDLE holds: the model's facts, how it was exported and how far it was off, and its files."""
     opened = Bundle(bundle)
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in facts_of(opened.manifest):
-        table.add_row(name, value)
-    console.print(table)
+    rows = facts_of(opened.manifest)
     if verify:
         opened.verify_checksums()
-        console.print(f"checksums   all {len(opened.manifest.files)} files are as exported")
+        rows.append(("checksums", f"all {len(opened.manifest.files)} files are as exported"))
+    echo_columns(rows)
 
 
 def facts_of(manifest: Manifest) -> list[tuple[str, str]]:

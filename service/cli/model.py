@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import click
 from google.protobuf.json_format import MessageToDict
-from rich.console import Console
-from rich.table import Table
 
+from service.cli.columns import echo_columns
+from service.cli.connection import connected
 from service.cli.options import address_option, timeout_option
-from service.client import Client
 
 
 @click.command("model")
@@ -17,18 +18,13 @@ from service.client import Client
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(address: str, timeout: float, as_json: bool) -> None:
     """Show what the server serves: the model, its limits, and the settings of a request that names none."""
-    with Client(address) as client:
+    with connected(address) as client:
         model = client.model(timeout=timeout)
     values = MessageToDict(model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     if as_json:
-        import json
-
         click.echo(json.dumps(values, indent=2, ensure_ascii=False))
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in flattened(values):
-        table.add_row(name, value)
-    Console(highlight=False, soft_wrap=True).print(table)
+    echo_columns(flattened(values))
 
 
 def flattened(values: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:

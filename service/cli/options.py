@@ -57,20 +57,25 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options that make up `sampling`, which the function is given as one argument."""
 
     @wraps(function)
-    def collected(*arguments: Any, stop_strings: tuple[str, ...], end_token_guard: bool | None, **options: Any) -> Any:
-        values = {name: options.pop(name) for name, *_ in _SAMPLING}
-        sampling = SamplingOverrides(**values, end_token_guard=end_token_guard, stop_strings=stop_strings)
+    def collected(*arguments: Any, stop: tuple[str, ...], end_token_guard: bool | None, **options: Any) -> Any:
+        values = {name: options.pop(_parameter(flag)) for name, flag, *_ in _SAMPLING}
+        sampling = SamplingOverrides(**values, end_token_guard=end_token_guard, stop_strings=stop)
         return function(*arguments, sampling=sampling, **options)
 
     wrapped: Callable[..., Any] = click.option(
-        "--stop", "stop_strings", multiple=True, help="Text at which the answer stops; may be given many times."
+        "--stop", multiple=True, help="Text at which the answer stops; may be given many times."
     )(collected)
     wrapped = click.option(
         "--end-token-guard/--no-end-token-guard", default=None, help="Forbid an empty answer; on by default."
     )(wrapped)
-    for name, flag, kind, text in reversed(_SAMPLING):
-        wrapped = click.option(flag, name, type=kind, default=None, help=text)(wrapped)
+    for _, flag, kind, text in reversed(_SAMPLING):
+        wrapped = click.option(flag, type=kind, default=None, help=text)(wrapped)
     return wrapped
+
+
+def _parameter(flag: str) -> str:
+    """What click calls an option, and its variable in the environment."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def prompt_text(argument: str | None) -> str:

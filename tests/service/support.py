@@ -211,12 +211,13 @@ def make_served(
     steps: int = 3,
     limits: Limits | None = None,
     min_draft_interval: float = 0.0,
+    runner_type: type[Runner] = Runner,
 ) -> tuple[FakeEngine, Served]:
     """The fake engine behind a started runner, ready to be served."""
     bundle = write_bundle(directory, facts)
     vocabulary = Vocabulary.load(bundle)
     engine = FakeEngine(facts, pool, answer=Scripts(vocabulary, answers), steps=steps, end_token_id=END)
-    runner = WatchedRunner(
+    runner = runner_type(
         engine, partial(Generation, facts=facts, defaults=DEFAULTS, vocabulary=vocabulary), limits=limits
     )
     runner.start()
@@ -241,7 +242,7 @@ async def serving(
     **options: Any,
 ) -> AsyncIterator[Harness]:
     """Serve `answers` on a free port for the time of the block."""
-    engine, served = make_served(directory, answers or {}, **options)
+    engine, served = make_served(directory, answers or {}, runner_type=WatchedRunner, **options)
     runner = served.runner
     assert isinstance(runner, WatchedRunner)
     server = Server("127.0.0.1:0")

@@ -1,0 +1,41 @@
+"""A server process over the fake engine: `python -m tests.service.fake_server BUNDLE_DIRECTORY [options as JSON]`.
+
+Lines on standard input steer the engine: `release` opens the gate that `hold` has put up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from service import logs
+from service.served import Served
+from service.server import serve
+from tests.service.support import make_served
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    options: dict[str, Any] = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
+    logs.configure("info")
+
+    def load() -> Served:
+        engine, served = make_served(directory, options.get("answers", {}))
+        if "hold" in options:
+            gate = engine.hold(*options["hold"])
+            threading.Thread(target=lambda: (sys.stdin.readline(), gate.release()), daemon=True).start()
+        for call in range(1, 2000 if "step_seconds" in options else 0):
+            engine.before("denoise", call, lambda: time.sleep(options["step_seconds"]))
+        return served
+
+    address = options.get("address", "127.0.0.1:0")
+    asyncio.run(serve(address, load, options.get("grace", 30.0), lambda bound: print(bound, flush=True)))
+
+
+if __name__ == "__main__":
+    main()
