@@ -17,7 +17,15 @@ TEMPLATE = (
     "{{ message.content }}{{ '<turn|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|turn>model\n' }}{% endif %}"
 )
-SHAPE = TinyShape(vocab_size=byte_tokenizer().get_vocab_size(), canvas_length=16, sliding_window=10, embedding_std=0.5)
+# Three layers: with two, nothing shows the encoder's layer scalars, as the second layer norms the first one's away.
+LAYERS = ("sliding_attention", "sliding_attention", "full_attention")
+SHAPE = TinyShape(
+    vocab_size=byte_tokenizer().get_vocab_size(),
+    canvas_length=16,
+    sliding_window=10,
+    layer_types=LAYERS,
+    embedding_std=0.5,
+)
 
 
 def write_checkpoint(directory: Path, shape: TinyShape = SHAPE, seed: int = 0, shard_bytes: int | str = "5GB") -> Path:

@@ -22,6 +22,7 @@ from export.model import Readouts, StepModel
 from export.rows import build_rows
 from plugins_trt.canvas_readout.reference import softcapped_logits
 from tests.runtime.tiny_models import TinyShape, reference_model, step_model
+from tests.tiny import LAYERS
 
 TEMPERATURE = 0.7
 SLACK = 4
@@ -32,12 +33,17 @@ FINER = 2.0**-20
 FULL = "full_attention"
 
 
+def tiny(**changes: Any) -> TinyShape:
+    """Three layers: with two, nothing shows the encoder's layer scalars, as the second norms the first one's away."""
+    return TinyShape(**{"layer_types": LAYERS} | changes)
+
+
 @dataclass(frozen=True)
 class Case:
     """One model and one sequence."""
 
     catches: str
-    shape: TinyShape = field(default_factory=TinyShape)
+    shape: TinyShape = field(default_factory=lambda: tiny())
     prompt: int = 9
     chunk: int = 100
     """Tokens an encode call."""
@@ -49,7 +55,7 @@ CASES = [
     Case("a prompt longer than the window, in chunks that straddle pages and the window", prompt=23, chunk=5),
     Case(
         "odd and prime sizes: nothing may rely on a power of two or on a divisor",
-        TinyShape(
+        tiny(
             canvas_length=11,
             vocab_size=59,
             text={
@@ -67,16 +73,16 @@ CASES = [
         prompt=13,
         page_size=5,
     ),
-    Case("more experts than pairs of token and expert: most experts get no token", TinyShape(text={"num_experts": 61})),
-    Case("top-k = experts: every expert gets every token", TinyShape(text={"num_experts": 4, "top_k_experts": 4})),
-    Case("full layers alone, V taken from K", TinyShape(layer_types=(FULL, FULL)), prompt=10),
+    Case("more experts than pairs of token and expert: most experts get no token", tiny(text={"num_experts": 61})),
+    Case("top-k = experts: every expert gets every token", tiny(text={"num_experts": 4, "top_k_experts": 4})),
+    Case("full layers alone, V taken from K", tiny(layer_types=(FULL, FULL, FULL)), prompt=10),
     Case(
         "as many K/V heads as query heads in one layer type, one for all in the other",
-        TinyShape(text={"num_key_value_heads": 4, "num_global_key_value_heads": 1}),
+        tiny(text={"num_key_value_heads": 4, "num_global_key_value_heads": 1}),
     ),
     Case(
         "rotation of half a head, other bases, an eighth of a page a chunk",
-        TinyShape(
+        tiny(
             text={
                 "rope_parameters": {
                     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -88,7 +94,7 @@ CASES = [
         chunk=1,
         page_size=8,
     ),
-    Case("a window of two positions: canvases see one cached position in sliding layers", TinyShape(sliding_window=2)),
+    Case("a window of two positions: canvases see one cached position in sliding layers", tiny(sliding_window=2)),
 ]
 
 
@@ -224,13 +230,19 @@ def readouts(config: ModelConfig, dtype: torch.dtype) -> Readouts:
     )
 
 
-def test_a_wrong_layer_scalar_is_noticed() -> None:
-    """The test above can fail: with the encoder's scalars in the denoiser, logits leave the bound by far."""
+@pytest.mark.parametrize(
+    ("wrong", "right", "where"),
+    [
+        ("layer_scalar", "encoder_layer_scalar", "block 0 step 0 logits"),
+        ("encoder_layer_scalar", "layer_scalar", "block 0 keys 2"),
+    ],
+)
+def test_a_wrong_layer_scalar_is_noticed(wrong: str, right: str, where: str) -> None:
+    """The test above can fail: with one pass' scalars in the other, results leave the bound by far."""
     case = CASES[0]
     reference = reference_model(case.shape, seed=7).float()
     ours = step_model(reference).float()
     for layer in ours.layers:
-        layer.layer_scalar.copy_(layer.encoder_layer_scalar)
-    name = "block 0 step 0 logits"
-    true: Any = run_reference(reference, case)[name]
-    assert distance(run_ours(ours, case)[name], true) > 1000 * BAND * true.abs().max().item()
+        getattr(layer, wrong).copy_(getattr(layer, right))
+    true = run_reference(reference, case)[where]
+    assert distance(run_ours(ours, case)[where], true) > 1000 * BAND * true.abs().max().item()
