@@ -62,7 +62,7 @@ export: $(STAMP) ## Export CHECKPOINT to a bundle in OUT
 	$(BIN)/dgemma export $(CHECKPOINT) $(OUT) $(ARGS)
 
 $(BUNDLE): $(STAMP) $(shell find $(CHECKPOINT) $(SOURCES) -type f -not -name '*.pyc' 2>/dev/null)
-	$(BIN)/dgemma export $(CHECKPOINT) $(OUT)
+	$(BIN)/dgemma export --force $(CHECKPOINT) $(OUT)
 
 serve: $(STAMP) $(BUNDLE) ## Serve the bundle in OUT on ADDRESS
 	$(BIN)/dgemma serve $(OUT) --address $(ADDRESS) $(ARGS)
