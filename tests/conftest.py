@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from runtime.bundle import Bundle
 from tests.tiny import export, write_checkpoint
@@ -13,6 +14,10 @@ from tests.tiny import export, write_checkpoint
 # The tests' tensors are tiny: a second thread brings nothing, and on a busy machine it waits for the first at every
 # operation (the engines' tests: 107 s with two threads).
 torch.set_num_threads(1)
+
+# The same examples on every machine; and no time limit for one, which on a busy machine fails what is right.
+settings.register_profile("repository", derandomize=True, deadline=None)
+settings.load_profile("repository")
 
 
 @pytest.fixture(scope="session")

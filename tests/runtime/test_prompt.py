@@ -141,7 +141,7 @@ def is_plain(reference: PreTrainedTokenizerFast, messages: list[Message]) -> boo
     return not any(special in message.text for message in messages for special in specials)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts=st.lists(plain, min_size=1, max_size=5), system=st.none() | plain)
 def test_ids_are_those_of_transformers(
     reference: PreTrainedTokenizerFast, builder: PromptBuilder, texts: list[str], system: str | None
@@ -173,7 +173,7 @@ def controls(builder_ids: list[int], vocabulary: Vocabulary) -> list[int]:
     return [token for token in builder_ids if token in vocabulary.control_ids.values()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(texts=st.lists(tricks, min_size=1, max_size=5), system=st.none() | tricks)
 def test_control_tokens_come_from_the_template_alone(
     builder: PromptBuilder, vocabulary: Vocabulary, texts: list[str], system: str | None

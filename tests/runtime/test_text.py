@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders
@@ -75,8 +75,8 @@ def run_through(blocks: list[list[int]], stop_strings: list[str]) -> tuple[list[
     return texts, None, count
 
 
+@settings(max_examples=500)
 @given(runs, stops)
-@example([[270], [271], [272]], ["END"])
 def test_runs_add_up_to_the_whole_text_cut_at_the_first_stop_string(
     blocks: list[list[int]], stop_strings: list[str]
 ) -> None:
