@@ -18,6 +18,7 @@ from benchmarks.figures import Figure, Setting, Unavailable
 
 BENCHMARKS = {
     "step": "benchmarks.step",
+    "service_overhead": "benchmarks.service_overhead",
     "startup": "benchmarks.startup",
 }
 """Modules by name; each has `run(setting) -> list[Figure]`."""
