@@ -181,11 +181,12 @@ def test_control_tokens_come_from_the_template_alone(
     messages = dialogue(*texts[: len(texts) - 1 + len(texts) % 2], system=system)
     ids = builder.conversation(messages).tolist()
     assert controls(ids, vocabulary) == [2] + [TURN, TURN_END] * len(messages) + [TURN]
-    # Nor is anything lost: what stands between the control tokens is what was typed, trimmed as the template does.
+    # Nor is anything lost: what stands between the control tokens is what was typed, trimmed as the template does
+    # (and Gemma's tokenizer does not tell U+2581 from a space).
     turns = split_at(ids, {2, TURN, TURN_END})
     spoken = [_decode(vocabulary, turn) for turn in turns]
     bodies = [text.split("\n", 1)[1] for text in spoken if "\n" in text and text != "\n"]
-    assert bodies == [*(message.text.strip() for message in messages), ""]
+    assert bodies == [*(message.text.strip().replace("\u2581", " ") for message in messages), ""]
 
 
 def split_at(ids: list[int], separators: set[int]) -> list[list[int]]:
