@@ -81,6 +81,19 @@ def test_accepts_what_the_reference_accepts(spread: float, bound: float) -> None
         assert counts == {1}
 
 
+def test_bound_is_met_to_the_bit() -> None:
+    """Bounds that some position meets exactly: a sum rounded otherwise than the reference's is found out."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        logits = 3 * torch.randn(1, 256, VOCABULARY, generator=generator)
+        entropy = torch.distributions.Categorical(logits=logits).entropy()[0]
+        ascending = entropy.sort().values
+        for bound in (ascending.cumsum(0) - ascending)[5::25].tolist():
+            sampler = EntropyBoundSampler(EntropyBoundSamplerConfig(bound), 256, VOCABULARY, 1)
+            sampler.accept_canvas(torch.zeros(1, 256), torch.zeros(1, 256), logits, 1)
+            assert accept(entropy.numpy(), bound).tolist() == sampler.accepted_token_mask[0].tolist()
+
+
 def test_equal_entropies_are_accepted_in_order_of_position() -> None:
     entropy = np.array([2, 1, 0, 1, 0, 1], dtype=np.float32)
     assert accept(entropy, 1.0).tolist() == [False, True, True, True, True, False]
