@@ -63,9 +63,11 @@ class GenerationServiceStub:
 
     The client's first message is `setup`, the later ones start and cancel
     turns. Turns are answered one at a time, in the order in which they were
-    started; one that is started while another is open waits for it. After the
-    client has half-closed, the server answers what was started and ends the
-    stream with OK. A deadline on the call covers the whole conversation.
+    started; one that is started while another is open waits for it, at most 8
+    at a time: a further one is RESOURCE_EXHAUSTED. After the client has
+    half-closed, the server answers what was started and ends the stream with
+    OK. A deadline on the call covers the whole conversation. A server that
+    shuts down answers the open turn and then ends the stream with UNAVAILABLE.
 
     A wrong message, or a failing turn, ends the stream with its status. A
     client that was told each block can open another one with that history in
@@ -109,9 +111,11 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
     The client's first message is `setup`, the later ones start and cancel
     turns. Turns are answered one at a time, in the order in which they were
-    started; one that is started while another is open waits for it. After the
-    client has half-closed, the server answers what was started and ends the
-    stream with OK. A deadline on the call covers the whole conversation.
+    started; one that is started while another is open waits for it, at most 8
+    at a time: a further one is RESOURCE_EXHAUSTED. After the client has
+    half-closed, the server answers what was started and ends the stream with
+    OK. A deadline on the call covers the whole conversation. A server that
+    shuts down answers the open turn and then ends the stream with UNAVAILABLE.
 
     A wrong message, or a failing turn, ends the stream with its status. A
     client that was told each block can open another one with that history in
@@ -164,9 +168,11 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
         The client's first message is `setup`, the later ones start and cancel
         turns. Turns are answered one at a time, in the order in which they were
-        started; one that is started while another is open waits for it. After the
-        client has half-closed, the server answers what was started and ends the
-        stream with OK. A deadline on the call covers the whole conversation.
+        started; one that is started while another is open waits for it, at most 8
+        at a time: a further one is RESOURCE_EXHAUSTED. After the client has
+        half-closed, the server answers what was started and ends the stream with
+        OK. A deadline on the call covers the whole conversation. A server that
+        shuts down answers the open turn and then ends the stream with UNAVAILABLE.
 
         A wrong message, or a failing turn, ends the stream with its status. A
         client that was told each block can open another one with that history in

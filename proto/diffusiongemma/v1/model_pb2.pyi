@@ -108,7 +108,8 @@ class Model(_message.Message):
     """Most characters in one stop sequence, counted in Unicode code points."""
     max_message_byte_count: _builtins.int
     """Most bytes in one message from the client. A longer one ends the call with
-    RESOURCE_EXHAUSTED.
+    RESOURCE_EXHAUSTED; from four times that on gRPC itself ends it, with no
+    details.
     """
     @_builtins.property
     def end_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

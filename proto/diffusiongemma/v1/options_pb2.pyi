@@ -62,7 +62,9 @@ class GenerationOptions(_message.Message):
     DRAFTS_FIELD_NUMBER: _builtins.int
     max_output_token_count: _builtins.int
     """Most tokens to generate, the end token not counted, in
-    [1, `Model.max_context_token_count` - prompt tokens]. Not rounded up to
+    [1, what the context leaves]: as many whole canvases as fit between the
+    prompt and `Model.max_context_token_count`, for a canvas takes its whole
+    length there whatever is kept of it. The answer itself is not rounded up to
     whole canvases. Default: what the context leaves, at most
     `Model.default_options.max_output_token_count`.
     """
@@ -139,11 +141,11 @@ class DiffusionOptions(_message.Message):
     surer ones sum to at most this; 0 accepts little more than one a step.
     """
     temperature_min: _builtins.float
-    """Temperature at the foot of the schedule, above 0, finite, at most
+    """Temperature at the foot of the schedule, in [0.001, 1000], at most
     `temperature_max`.
     """
     temperature_max: _builtins.float
-    """Temperature of the first step, above 0, finite, at least
+    """Temperature of the first step, in [0.001, 1000], at least
     `temperature_min`.
     """
     stability_threshold: _builtins.int

@@ -91,8 +91,9 @@ class Message(_message.Message):
     """Who speaks. Required."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContentPart]:
-        """What is said, in order. At least one part; texts are joined as they are,
-        with nothing put between them.
+        """What is said, in order. At least one part, but for a message of the model,
+        whose answer may have been empty; texts are joined as they are, with nothing
+        put between them.
         """
 
     def __init__(
