@@ -1,0 +1,83 @@
+"""A real bundle behind the service: loaded, warmed up, served, the same tokens for the same seed, and shut down."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
+from runtime.events import Committed, Draft, Started
+from runtime.request import SamplingOverrides
+from service.client import Client
+from service.loading import Settings, load
+from tests.service.processes import ROOT
+
+DGEMMA = "from service.cli import main; main()"
+
+
+def settings(bundle: Path) -> Settings:
+    return Settings(bundle, threads=1, max_active=4, max_waiting=16, min_draft_interval=0.0)
+
+
+def test_a_loaded_bundle_is_warm(tiny_bundle: Bundle) -> None:
+    """Catches a warm-up that leaves something behind: the first request must find an idle runner."""
+    served = load(settings(tiny_bundle.directory))
+    try:
+        assert served.facts == tiny_bundle.manifest.model
+        assert served.runner.load.active == served.runner.load.waiting == 0
+        assert served.runner.alive
+    finally:
+        served.runner.close()
+    assert not served.runner.alive
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle here"):
+        load(settings(tmp_path))
+
+
+def tokens_of(client: Client, seed: int, drafts: bool) -> list[int]:
+    """The committed tokens of a short answer."""
+    sampling = SamplingOverrides(seed=seed, max_output_tokens=40, max_denoising_steps=6)
+    found: list[int] = []
+    for event in client.generate("hello", sampling, draft_interval=0.0 if drafts else None, timeout=60):
+        assert drafts or not isinstance(event, Draft)
+        if isinstance(event, Started):
+            assert event.sampling.seed == seed
+        if isinstance(event, Committed):
+            found += event.token_ids.tolist()
+    return found
+
+
+def test_a_server_from_start_to_exit(tiny_bundle: Bundle) -> None:
+    """`dgemma serve` on a real engine: deterministic whoever else asks, and gone with 0 after SIGTERM."""
+    command = [sys.executable, "-c", DGEMMA, "serve", str(tiny_bundle.directory), "--address", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [*command, "--threads", "1"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        address = process.stdout.readline().split()[-1]
+        with Client(address) as client, ThreadPoolExecutor(8) as pool:
+            client.wait_serving(60)
+            alone = {seed: tokens_of(client, seed, drafts=False) for seed in range(4)}
+            together = list(
+                pool.map(
+                    lambda job: (job[0], tokens_of(client, *job)), [(s, d) for s in range(4) for d in (True, False)]
+                )
+            )
+        assert all(alone[seed] == tokens for seed, tokens in together)
+        assert len({tuple(tokens) for tokens in alone.values()}) > 1
+        assert all(np.array(tokens).max(initial=0) < tiny_bundle.manifest.model.vocab_size for tokens in alone.values())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        log = process.stderr.read()
+    assert "hello" not in log
+    assert "Traceback" not in log
