@@ -10,12 +10,14 @@ from plugins_trt.expert_ffn import onnx as expert_ffn
 from plugins_trt.expert_ffn.onnx import ExpertBody
 from plugins_trt.expert_routing import onnx as expert_routing
 from plugins_trt.operations import Operations
+from plugins_trt.rotation import rotate_as_one_node
 
 TRACED = Operations(
     expert_routing.expert_routing,
     expert_ffn.expert_ffn,
     canvas_attention.canvas_attention,
     canvas_readout.canvas_readout,
+    rotate_as_one_node,
 )
 """Leaves a custom-domain node where the model calls an operation."""
 

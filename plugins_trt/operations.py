@@ -11,6 +11,7 @@ from plugins_trt.canvas_attention.reference import canvas_attention
 from plugins_trt.canvas_readout.reference import canvas_readout
 from plugins_trt.expert_ffn.reference import expert_ffn
 from plugins_trt.expert_routing.reference import expert_routing
+from plugins_trt.rotation import rotate
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Operations:
     expert_ffn: Callable[..., Tensor]
     canvas_attention: Callable[..., Tensor]
     canvas_readout: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
 
 
 REFERENCE = Operations(expert_routing, expert_ffn, canvas_attention, canvas_readout)
