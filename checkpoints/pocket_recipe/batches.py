@@ -40,21 +40,23 @@ class Bucket:
     prefix: int
     canvas: int
     shares: dict[str, float]
+    compiled: bool = True
+    """False where the batches are too rare to earn back the minute that compiling their shape takes."""
 
 
 BUCKETS: dict[str, Bucket] = {
     bucket.name: bucket
     for bucket in (
         # Answers of tasks are short: three times the examples in the same time, against a canvas of full length.
-        Bucket("short", 1024, 112, 64, {"tasks": 0.9, "definition": 0.09, "small_talk": 0.01}),
+        Bucket("short", 512, 112, 64, {"tasks": 0.9, "definition": 0.09, "small_talk": 0.01}),
         Bucket(
             "full",
-            384,
+            192,
             128,
             CANVAS,
             {"tasks": 0.5, "definition": 0.1, "opening": 0.22, "story": 0.17, "small_talk": 0.01},
         ),
-        Bucket("continued", 192, 384, CANVAS, {"continued": 1.0}),
+        Bucket("continued", 96, 384, CANVAS, {"continued": 1.0}, compiled=False),
     )
 }
 

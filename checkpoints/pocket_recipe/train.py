@@ -212,9 +212,10 @@ def train(run: Run, source: Iterator[tuple[str, Batch]], deadline: float, after_
     meter = Meter(run.device)
     while run.progress < 1 and time.monotonic() < deadline:
         asked = time.monotonic()
-        _, batch = next(source)
+        name, batch = next(source)
         fetched = time.monotonic()
-        losses = run.train_step(batch)
+        with torch.compiler.set_stance("default" if BUCKETS[name].compiled else "force_eager"):
+            losses = run.train_step(batch)
         meter.add(losses, batch.sources, fetched - asked)
         if run.step % 100 == 0 or run.plan.tiny:
             print(meter.line(run.step, run.rate), flush=True)
