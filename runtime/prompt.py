@@ -58,13 +58,7 @@ class PromptBuilder:
         self._bos_token_id = bundle.manifest.generation.bos_token_id
         spellings = sorted(vocabulary.control_ids, key=len, reverse=True)
         self._control_tokens = re.compile("(" + "|".join(map(re.escape, spellings)) + ")" if spellings else "((?!))")
-        self._guarded = {
-            text[end]
-            for spelling in spellings
-            for text in (spelling, vocabulary.normalize(spelling))
-            for end in (0, -1)
-            if text
-        }
+        self._guarded = {spelling[end] for spelling in spellings for end in (0, -1)}
         self._source = _read_template(bundle)
         self._template = _compile(bundle, self._source, vocabulary)
         self._probe(bundle)
@@ -134,17 +128,14 @@ class PromptBuilder:
         return ids
 
     def _shield(self, texts: Sequence[str], field: str) -> _Shield:
-        """Private characters for what control tokens begin or end with, also after the tokenizer's normalisation."""
+        """Private characters for those that control tokens begin or end with."""
         used = set().union(*texts)
-        guarded = [character for character in used if self._may_form_control_token(character)]
+        guarded = used & self._guarded
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used and chr(code) not in self._source)
         private = list(islice(free, len(guarded)))
         if len(private) < len(guarded):
             raise InvalidRequest(Violation(field, f"uses {len(used)} different characters; leave out the private ones"))
         return _Shield(dict(zip(guarded, private, strict=True)))
-
-    def _may_form_control_token(self, character: str) -> bool:
-        return not self._guarded.isdisjoint((character, *self._vocabulary.normalize(character)))
 
     def _probe(self, bundle: Bundle) -> None:
         mark = next(chr(code) for code in _PRIVATE_USE if chr(code) not in self._source)

@@ -55,11 +55,6 @@ class Vocabulary:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def normalize(self, text: str) -> str:
-        """`text` as the tokenizer sees it after its unicode and white-space normalisation."""
-        normalizer = self._tokenizer.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
-
     def spelling(self, token_id: int) -> str:
         """A token as the tokenizer spells it, as in `<bos>`; empty for an id that the tokenizer has not."""
         return self._tokenizer.id_to_token(token_id) or ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
@@ -231,6 +232,14 @@ def test_tokens_that_come_about_in_the_template_stay_text(
     assert "<|turn>" in _decode(vocabulary, ids), "the template did not form the token: the case tests nothing"
 
 
+def test_longer_of_two_control_tokens_counts(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens([AddedToken("<|turn>user", special=True, normalized=False)])
+    longer = tokenizer.token_to_id("<|turn>user")
+    builder = PromptBuilder(make_bundle(tmp_path, "<|turn>user {{ messages[0]['content'] }}"), Vocabulary(tokenizer))
+    assert builder.conversation(dialogue("<|turn>user")).tolist()[0] == longer
+
+
 def test_text_in_the_middle_of_a_control_token_is_refused_at_load(vocabulary: Vocabulary, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="middle of"):
         PromptBuilder(make_bundle(tmp_path, "{{ '<|' ~ messages[0]['content'] ~ '>' }}"), vocabulary)
@@ -346,9 +355,32 @@ def test_missing_template_is_named(vocabulary: Vocabulary, tmp_path: Path) -> No
         PromptBuilder(bundle, vocabulary)
 
 
-def test_json_and_dates_are_written_as_transformers_does() -> None:
-    template = ChatTemplate("{{ messages | tojson }} {{ strftime_now('%Y') | length }}", {})
-    assert template.render([{"role": "user", "content": "<é>"}]) == '[{"role": "user", "content": "<é>"}] 4'
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}\n    {% if loop.first %}\n  a\n    {% endif %}\n{{ m.content }}\n{% endfor %}\n\n",
+        "{% for message in messages %}{% if loop.index == 2 %}{% continue %}{% endif %}{{ message.role }}{% endfor %}",
+        "{% for message in messages %}x{% break %}{% endfor %}{{ bos_token }}{{ eos_token }}{{ pad_token }}",
+        "{% generation %}\n{{ messages[-1].content }}\n{% endgeneration %}\n.",
+        "{{ messages[0] | tojson(indent=1) }}{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    ],
+)
+def test_templates_render_as_in_transformers(reference: PreTrainedTokenizerFast, template: str) -> None:
+    """White space round blocks, loop controls, generation marks, JSON and the variables that a template may look at."""
+    chat = [
+        {"role": "user", "content": "<é> 'x'"},
+        {"role": "assistant", "content": "b\n"},
+        {"role": "user", "content": ""},
+    ]
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "tools": None, "documents": None}
+    expected = reference.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(template, tokens).render(chat) == expected
+
+
+def test_a_template_may_ask_for_the_date() -> None:
+    year = ChatTemplate("{{ strftime_now('%Y') }}", {}).render([])
+    assert datetime.now().year - int(year) in (0, 1)
 
 
 def test_bare_text_follows_a_beginning_and_stays_text(builder: PromptBuilder, vocabulary: Vocabulary) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import lzma
 from pathlib import Path
 
@@ -41,8 +42,7 @@ def array(ids: list[int]) -> NDArray[np.int64]:
     return np.array(ids, dtype=np.int64)
 
 
-def whole_text(ids: list[int]) -> str:
-    """Everything decoded at once."""
+def raw_bytes(ids: list[int]) -> bytes:
     names = {index: name for name, index in byte_tokenizer().get_vocab().items()}
     pieces = []
     for index in ids:
@@ -51,7 +51,17 @@ def whole_text(ids: list[int]) -> str:
             pieces.append(bytes([int(name[3:5], 16)]))
         elif name not in CONTROL_TOKENS:
             pieces.append(name.replace("▁", " ").encode())
-    return b"".join(pieces).decode("utf-8", errors="replace")
+    return b"".join(pieces)
+
+
+def whole_text(ids: list[int]) -> str:
+    """Everything decoded at once."""
+    return raw_bytes(ids).decode("utf-8", errors="replace")
+
+
+def characters(ids: list[int]) -> int:
+    """Characters that these tokens complete: all but a last one of which bytes are missing."""
+    return len(codecs.utf_8_decode(raw_bytes(ids), "replace", False)[0])
 
 
 def cut(text: str, stop_strings: list[str]) -> tuple[str, str | None]:
@@ -83,10 +93,12 @@ def test_runs_add_up_to_the_whole_text_cut_at_the_first_stop_string(
     ids = [token for block in blocks for token in block]
     texts, stop_string, count = run_through(blocks, stop_strings)
     assert ("".join(texts), stop_string) == cut(whole_text(ids), stop_strings)
-    assert count == len(ids) or stop_string is not None
-    # Without the text of a stop string, and a token is counted wherever it has a share in the answer.
     assert not any(stop in "".join(texts) for stop in stop_strings)
-    assert whole_text(ids[:count]).rstrip("\ufffd").startswith("".join(texts).rstrip("\ufffd"))
+    # Of the run in which the stop string became complete, the tokens that begin before it; of the others all.
+    earlier = sum(map(len, blocks[: len(texts) - 1]))
+    last = range(earlier, earlier + len(blocks[len(texts) - 1]))
+    counted = [index for index in last if stop_string is None or characters(ids[:index]) < len("".join(texts))]
+    assert count == earlier + len(counted)
 
 
 @given(runs, stops)
@@ -149,6 +161,13 @@ def test_tokens_that_begin_before_the_stop_string_are_counted() -> None:
     assert (second.text, second.token_count, second.stop_string) == ("", 0, "bEN")
     once = AnswerText(VOCABULARY, ("bEN",)).append(array([name("▁a"), name("ab"), name("E"), name("N")]), last=False)
     assert (once.text, once.token_count, once.stop_string) == (" aa", 2, "bEN")
+
+
+@pytest.mark.parametrize("stop_strings", [("ND", "END"), ("END", "ND")])
+def test_longer_of_two_stop_strings_that_end_together_counts(stop_strings: tuple[str, str]) -> None:
+    name = byte_tokenizer().token_to_id
+    added = AnswerText(VOCABULARY, stop_strings).append(array([name("a"), name("END")]), last=False)
+    assert (added.text, added.token_count, added.stop_string) == ("a", 1, "END")
 
 
 def test_foreign_decoders_are_refused() -> None:
