@@ -19,6 +19,9 @@ from service.cli.group import Failure
 from service.cli.options import address_option, sampling_options, timeout_option
 from service.client import CallFailed, Client, Conversation, TurnCancelled
 
+PROMPT = "\001\033[1m\002> \001\033[0m\002"
+"""Bold; written by readline, which is told by the control characters what takes no room."""
+
 DRAFT_INTERVAL = 0.05
 """Seconds: as often as a terminal is redrawn."""
 
@@ -56,7 +59,7 @@ def questions(console: Console) -> Iterator[str]:
 
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = input(PROMPT).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return

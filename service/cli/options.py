@@ -16,8 +16,19 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
-INT32, INT64 = click.IntRange(-(2**31), 2**31 - 1), click.IntRange(-(2**63), 2**63 - 1)
-"""What the contract's fields can carry; the ranges that make sense are the server's to check."""
+
+class Integer(click.IntRange):
+    """An integer that a field of the contract can carry; the range that makes sense is the server's to check."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        self.name = "integer"
+
+    def _describe_range(self) -> str:
+        return ""  # what --help would say of the range: nothing that helps
+
+
+INT32, INT64 = Integer(32), Integer(64)
 
 _SAMPLING = (
     ("seed", "--seed", INT64, "Seed of the random numbers; drawn by the server where it is not given."),

@@ -55,7 +55,7 @@ class Picture:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The grid in bands as wide as the console, each with all steps."""
         gutter = max(len(row.label) for row in self.rows) + 2
-        yield Text.assemble((self.title, "bold"), f"  ({self.summary})")
+        yield Text.assemble((" ".join(self.title.split()), "bold"), f"  ({self.summary})")
         for first, last in self._bands([cell_len(text) for text in self._widest()], options.max_width - gutter):
             yield Text()
             for row in self.rows:
@@ -75,10 +75,16 @@ class Picture:
         gutter = MARGIN + max(round(font.getlength(row.label)) for row in self.rows) + MARGIN
         widths = [max(10, round(font.getlength(text)) + 6) for text in self._widest()]
         bands = list(self._bands(widths, PNG_WIDTH - gutter - MARGIN))
+        title = f"{' '.join(self.title.split())}  ({self.summary})"
+        used = max(
+            gutter + max(sum(widths[first:last]) for first, last in bands), round(font.getlength(title)) + MARGIN
+        )
         band_height = (len(self.rows) + 1) * ROW_HEIGHT
-        image = Image.new("RGB", (PNG_WIDTH, MARGIN + ROW_HEIGHT + band_height * len(bands) + MARGIN), BACKGROUND)
+        image = Image.new(
+            "RGB", (min(PNG_WIDTH, used + MARGIN), MARGIN + ROW_HEIGHT + band_height * len(bands) + MARGIN), BACKGROUND
+        )
         draw = ImageDraw.Draw(image)
-        draw.text((MARGIN, MARGIN), f"{_plain(self.title)}  ({self.summary})", fill=FAINT, font=font)
+        draw.text((MARGIN, MARGIN), title, fill=FAINT, font=font)
         top = MARGIN + ROW_HEIGHT + ROW_HEIGHT // 2
         for first, last in bands:
             for row in self.rows:

@@ -13,16 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import service.served
 from service import logs
 from service.served import Served
 from service.server import serve
-from tests.service.support import make_served
+from tests.service.support import PacedMailbox, make_served
 
 
 def main() -> None:
     directory = Path(sys.argv[1])
     options: dict[str, Any] = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     logs.configure("info")
+    if options.get("paced"):
+        service.served.Mailbox = PacedMailbox  # type: ignore[misc]
 
     def load() -> Served:
         engine, served = make_served(directory, options.get("answers", {}))

@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def slow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     answers = {"endless": LONG * 20, "brief": "a brief answer of one block"}
-    with fake_server(tmp_path_factory.mktemp("bundle"), answers=answers, step_seconds=0.1) as started:
+    with fake_server(tmp_path_factory.mktemp("bundle"), answers=answers, step_seconds=0.1, paced=True) as started:
         yield started
 
 
@@ -102,11 +102,11 @@ def test_trace_draws_steps_and_positions(slow_server: ServerProcess) -> None:
     title, _, *rows = result.stdout.splitlines()
     assert title == "endless  (4 steps, 32 tokens)"
     committed = LONG[32:64].replace(" ", "·").replace("\n", "↵")
-    assert [row.split("  ")[0] for row in rows] == ["step 1", "step 2", "step 3", "committed"]
+    assert [row.split("  ")[0] for row in rows] == ["step 1", "step 2", "step 3", "step 4", "committed"]
     cells = [row[11:].replace(" ", "") for row in rows]
-    for shown, count in zip(cells, (11, 22, 32, 32), strict=True):
+    for shown, count in zip(cells, (11, 22, 32, 32, 32), strict=True):
         assert shown.startswith(committed[:count])
-    assert cells[2] == cells[3] == committed
+    assert cells[2] == cells[3] == cells[4] == committed
     assert not cells[0].startswith(committed[:20])
 
 
