@@ -163,6 +163,15 @@ def test_tokens_that_begin_before_the_stop_string_are_counted() -> None:
     assert (once.text, once.token_count, once.stop_string) == (" aa", 2, "bEN")
 
 
+def test_text_held_back_is_none_of_the_runs_tokens() -> None:
+    """The "E" held back was no stop string's head after all; the one that is begins behind the run's first token."""
+    name = byte_tokenizer().token_to_id
+    answer = AnswerText(VOCABULARY, ("END",))
+    assert answer.append(array([name("E")]), last=False).text == ""
+    added = answer.append(array([name("a"), name("E"), name("N"), name("D")]), last=False)
+    assert (added.text, added.token_count, added.stop_string) == ("Ea", 1, "END")
+
+
 @pytest.mark.parametrize("stop_strings", [("ND", "END"), ("END", "ND")])
 def test_longer_of_two_stop_strings_that_end_together_counts(stop_strings: tuple[str, str]) -> None:
     name = byte_tokenizer().token_to_id
