@@ -244,15 +244,6 @@ def float64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def committed(events: list[Event]) -> list[Committed]:
     return [event for event in events if isinstance(event, Committed)]
 
