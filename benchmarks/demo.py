@@ -1,14 +1,15 @@
 """`python -m benchmarks.demo --bundle OUT`: a server, a client, prompts, and drafts that turn into blocks.
 
-Starts `dgemma serve` as a process of its own on a free port, waits for its health to say SERVING, asks a few questions
-over one bidirectional stream, the last one referring to the one before, and shows each answer as it is denoised: in
-place on a terminal, line by line elsewhere. Then it ends the server with SIGTERM and checks that it exits with 0.
+Starts `dgemma serve` as a process of its own on a free port, waits for its health to say SERVING, holds a few
+conversations over bidirectional streams, and shows each answer as it is denoised: in place on a terminal, line by line
+elsewhere. Then it ends the server with SIGTERM and checks that it exits with 0.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -20,14 +21,13 @@ from runtime.request import SamplingOverrides
 from service.cli.answer import LiveAnswer, printable
 from service.client import CallFailed, Client, Conversation
 
-QUESTIONS = (
-    "Spell 742.",
-    "Sort these words: pear, apple, fig, cherry, banana",
-    "Now reverse the list.",
-    "Write as JSON: Anna is 31 and lives in Oslo.",
-    "Tell me a short story about a dog.",
+CONVERSATIONS = (
+    ("Spell 742.",),
+    ("Sort these words: window, banana, lamp, cherry, garden", "Now reverse it."),
+    ("Write as JSON: Anna is 31 and lives in Oslo.", "Where does Anna live?"),
+    ("Write two sentences about a dog and a garden.",),
 )
-"""The third one is about the answer to the second."""
+"""Each is one stream; second questions are about the answer to the first."""
 
 SEED = 7
 START_TIMEOUT, ANSWER_TIMEOUT = 60.0, 600.0
@@ -50,18 +50,26 @@ def main(bundle: Path, threads: int) -> None:
         model = client.model(timeout=ANSWER_TIMEOUT)
         console.print(f"{model.name} is SERVING on {server.address} after {time.monotonic() - began:.1f} s\n")
         sampling = SamplingOverrides(seed=SEED)
-        with client.converse(sampling=sampling, draft_interval=DRAFT_INTERVAL, timeout=ANSWER_TIMEOUT) as conversation:
-            try:
-                for question in QUESTIONS:
-                    ask(console, conversation, question)
-                conversation.half_close()
-                if list(conversation):
-                    raise click.ClickException("events came after the last turn")
-            except CallFailed as error:
-                raise click.ClickException(str(error)) from error
+        try:
+            for questions in CONVERSATIONS:
+                with client.converse(
+                    sampling=sampling, draft_interval=DRAFT_INTERVAL, timeout=ANSWER_TIMEOUT
+                ) as conversation:
+                    hold(console, conversation, questions)
+        except CallFailed as error:
+            raise click.ClickException(str(error)) from error
         code = server.stop()
     console.print(f"the server drained after SIGTERM and exited with {code}")
     sys.exit(code)
+
+
+def hold(console: Console, conversation: Conversation, questions: Sequence[str]) -> None:
+    """Ask questions in turn, half-close, and see the stream end."""
+    for question in questions:
+        ask(console, conversation, question)
+    conversation.half_close()
+    if list(conversation):
+        raise click.ClickException("events came after the last turn")
 
 
 def ask(console: Console, conversation: Conversation, question: str) -> None:
@@ -90,9 +98,9 @@ def show_live(console: Console, conversation: Conversation) -> Finished:
 
 
 def show_log(console: Console, conversation: Conversation) -> Finished:
-    """A line for each draft and each commit."""
+    """A line for each commit, and one for the drafts of steps 1, 2, 4, 8 and so on: early ones change most."""
     for _, event in conversation:
-        if isinstance(event, Draft):
+        if isinstance(event, Draft) and event.step.bit_count() == 1:
             share = event.accepted.mean()
             head = f"  block {event.block_index} step {event.step:2}  {share:4.0%} accepted  "
             console.print(head + one_line(event.text), markup=False)

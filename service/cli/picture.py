@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.cells import cell_len, set_cell_size
@@ -21,7 +22,7 @@ SVG_WIDTH = 132
 """Characters."""
 PNG_WIDTH, ROW_HEIGHT, FONT_SIZE, MARGIN = 1400, 24, 14, 16
 """Pixels."""
-BACKGROUND, INK, FAINT = (24, 24, 30), (16, 16, 20), (150, 150, 160)
+BACKGROUND, INK, LIGHT_INK, FAINT = (24, 24, 30), (16, 16, 20), (215, 215, 220), (150, 150, 160)
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class Picture:
         """The grid as an image, one coloured box a token."""
         font = ImageFont.load_default(FONT_SIZE)
         gutter = MARGIN + max(round(font.getlength(row.label)) for row in self.rows) + MARGIN
-        widths = [max(10, round(font.getlength(text)) + 6) for text in self._widest()]
+        widths = [
+            max(10, *(round(font.getlength(cell.text)) + 6 for cell in column if cell is not None))
+            for column in zip_longest(*(row.cells for row in self.rows))
+        ]
         bands = list(self._bands(widths, PNG_WIDTH - gutter - MARGIN))
         title = f"{' '.join(self.title.split())}  ({self.summary})"
         used = max(
@@ -138,10 +142,11 @@ def _draw_cell(
 ) -> None:
     left, top = corner
     box = (left, top, left + width - 2, top + ROW_HEIGHT - 4)
-    draw.rectangle(box, fill=rgb(cell.entropy))
+    colour = rgb(cell.entropy)
+    draw.rectangle(box, fill=colour)
     if cell.accepted:
         draw.line((box[0], box[3], box[2], box[3]), fill=(255, 255, 255), width=2)
-    draw.text((left + 2, top + 2), cell.text, fill=INK, font=font)
+    draw.text((left + 2, top + 2), cell.text, fill=INK if sum(colour) > 330 else LIGHT_INK, font=font)
 
 
 def _cells(draft: Draft) -> Iterator[Cell]:

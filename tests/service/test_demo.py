@@ -15,7 +15,10 @@ from tests.service.processes import fake_server
 
 
 def test_the_demo_shows_drafts_turning_into_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = {"Spell 742.": "seven hundred and forty-two", demo.QUESTIONS[1]: "apple, banana, cherry, fig, pear"}
+    answers = {
+        "Spell 742.": "seven hundred and forty-two",
+        demo.CONVERSATIONS[1][0]: "banana, cherry, garden, lamp, window",
+    }
 
     @contextmanager
     def serving(bundle: Path, threads: int) -> Iterator[ServerProcess]:
@@ -27,7 +30,10 @@ def test_the_demo_shows_drafts_turning_into_blocks(tmp_path: Path, monkeypatch: 
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert lines[0].startswith("fake is SERVING on 127.0.0.1:")
-    assert [line for line in lines if line.startswith("> ")] == [f"> {question}" for question in demo.QUESTIONS]
-    assert any(line.startswith("  block 0 step  1") and "accepted" in line for line in lines)
+    assert [line for line in lines if line.startswith("> ")] == [
+        f"> {question}" for asked in demo.CONVERSATIONS for question in asked
+    ]
+    drafts = [line.split("%")[0] for line in lines if "accepted" in line]
+    assert [line.split()[:4] for line in drafts[:3]] == [["block", "0", "step", step] for step in ("1", "2", "4")]
     assert "  block 0 committed after 4 steps  seven hundred and forty-two" in lines
     assert lines[-1] == "the server drained after SIGTERM and exited with 0"
