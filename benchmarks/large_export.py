@@ -2,7 +2,7 @@
 
 Its safetensors files are holes that read as zeros, so that it fits on any disk, but every one of its 50 GB goes through
 the exporter. The printed peak of resident memory shows that an export needs far less than the checkpoint, and less than
-its largest tensor. Takes 5 to 10 minutes on 2 cores, most of it tracing 30 layers and hashing 100 GB.
+its largest tensor: 0.70 GB for 50.5 GB, the largest tensor 1.48 GB, in 12 minutes on 2 busy cores.
 """
 
 from __future__ import annotations

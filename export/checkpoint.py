@@ -53,8 +53,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     config = read_config(directory)
     if not (directory / TOKENIZER).is_file():
         raise CheckpointError(f"{directory / TOKENIZER}: is missing; save the tokenizer beside the model")
-    stored, faults = _stored_tensors(directory)
-    tensors, skipped, mismatches = _match(dict(expected_tensors(config)), stored)
+    stored, faults, lost = _stored_tensors(directory)
+    tensors, skipped, mismatches = _match(dict(expected_tensors(config)), stored, lost)
     _complain(directory, [*faults, *mismatches])
     return Checkpoint(
         directory,
@@ -80,31 +80,33 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
     return ((stored_name(name), tuple(tensor.shape)) for name, tensor in model.state_dict().items())
 
 
-def _stored_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
-    """All tensors of the directory's safetensors files, and what is wrong with the files."""
+def _stored_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[str], set[str]]:
+    """All tensors of the safetensors files, what is wrong with the files, and the names that unreadable files held."""
     tensors: dict[str, StoredTensor] = {}
-    faults = []
-    for path in _tensor_files(directory):
+    faults: list[str] = []
+    lost: set[str] = set()
+    for name, held in _tensor_files(directory).items():
         try:
-            header = read_header(path)
+            header = read_header(directory / name)
         except OSError as error:
-            faults.append(f"{path.name}: cannot be read ({error.strerror})")
+            faults.append(f"{name}: cannot be read ({error.strerror})")
+            lost |= held
         except CheckpointError as error:
             faults.append(str(error).removeprefix(f"{directory}/"))
+            lost |= held
         else:
-            faults += [
-                f"{name}: stored twice, in {tensors[name].path.name} and {path.name}"
-                for name in tensors.keys() & header.keys()
-            ]
+            twice = tensors.keys() & header.keys()
+            faults += [f"{each}: stored twice, in {tensors[each].path.name} and {name}" for each in sorted(twice)]
             tensors |= header
-    return tensors, faults
+    return tensors, faults, lost
 
 
-def _tensor_files(directory: Path) -> list[Path]:
+def _tensor_files(directory: Path) -> dict[str, set[str]]:
+    """The safetensors files by name, and the tensors that the index says they hold."""
     if (directory / INDEX).is_file():
-        return [directory / name for name in _index_files(directory / INDEX)]
+        return _index_files(directory / INDEX)
     if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
+        return {SINGLE_FILE: set()}
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in directory.glob(pattern))
     if pickled:
         raise CheckpointError(
@@ -114,21 +116,23 @@ def _tensor_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory}: holds neither {SINGLE_FILE} nor {INDEX}")
 
 
-def _index_files(path: Path) -> list[str]:
+def _index_files(path: Path) -> dict[str, set[str]]:
+    files: dict[str, set[str]] = {}
     try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        for tensor, name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items():
+            files.setdefault(name, set()).add(tensor)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: is no index of safetensors files ({error!r})") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+    for name in files:
+        if Path(str(name)).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{path}: names {name!r}, which is no safetensors file of this directory")
-    return names
+    return files
 
 
 def _match(
-    expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]
+    expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], lost: set[str]
 ) -> tuple[dict[str, StoredTensor], tuple[str, ...], list[str]]:
-    faults, skipped = [f"{name}: is missing" for name in expected.keys() - stored.keys()], []
+    faults, skipped = [f"{name}: is missing" for name in expected.keys() - stored.keys() - lost], []
     for name, tensor in stored.items():
         if name not in expected:
             if _is_skipped(name, expected):

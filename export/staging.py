@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -52,7 +53,7 @@ def _replace(staging: Path, target: Path) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    for path in target.parent.glob(f"{_prefix(target)}*"):
+    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
         if path.name.endswith("-replaced") and not target.exists():
             # Killed between the two renames: the old content is still the only whole one.
             path.rename(target)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from export.bundle import write_bundle
-from export.checkpoint import open_checkpoint
+from click.testing import CliRunner
+
+from export.cli import command
 from runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 from tests.runtime.tiny_models import TinyShape, reference_model
 from tests.runtime.vocabularies import CONTROL_TOKENS, byte_tokenizer
@@ -40,6 +41,8 @@ def write_checkpoint(directory: Path, shape: TinyShape = SHAPE, seed: int = 0, s
 
 
 def export(checkpoint: Path, out: Path, name: str = "tiny") -> Bundle:
-    """The bundle of a checkpoint directory."""
-    write_bundle(open_checkpoint(checkpoint), out, name)
+    """The bundle of a checkpoint directory, made by the command."""
+    result = CliRunner().invoke(command, [str(checkpoint), str(out), "--name", name])
+    assert result.exit_code == 0, result.output
+    assert "verified on onnxruntime" in result.output
     return Bundle(out)
