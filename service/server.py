@@ -48,6 +48,9 @@ with a bare RESOURCE_EXHAUSTED, so that nobody makes the server hold more."""
 LAST_WRITES = 1.0
 """Seconds after the grace time in which statuses still reach clients that read; the others are cut off."""
 
+LIVENESS_INTERVAL = 1.0
+"""Seconds between two looks at the engine's thread: as long as a dead server may call itself SERVING."""
+
 OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would take turns at random, where the second should say that the port is taken.
     ("grpc.so_reuseport", 0),
@@ -72,6 +75,10 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 
 class AddressTaken(DgemmaError):
     """The server cannot listen on its address."""
+
+
+class EngineDied(DgemmaError):
+    """The engine's thread has ended, so that nothing more can be answered."""
 
 
 class Server:
@@ -136,6 +143,7 @@ async def serve(
     Raises:
         AddressTaken: the address cannot be listened on.
         BundleError: the bundle cannot be loaded.
+        EngineDied: the engine's thread ended; another process should take over.
     """
     requested = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -149,12 +157,21 @@ async def serve(
         await server.start(served)
         _log("serving", address=server.address, model=served.facts.name, seconds=round(time.monotonic() - began, 3))
         announce(server.address)
-        await requested.wait()
+        await _until(requested, served.runner)
         _log("draining", grace=grace)
         drained = await server.stop(grace)
         _log("stopped", drained=drained)
+        if not requested.is_set():
+            raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
     finally:
         await asyncio.to_thread(served.runner.close)
+
+
+async def _until(requested: asyncio.Event, runner: Runner) -> None:
+    """Wait for the signal, or for the end of the engine's thread, which nothing tells of: it is looked for."""
+    while runner.alive and not requested.is_set():
+        with suppress(TimeoutError):
+            await asyncio.wait_for(requested.wait(), LIVENESS_INTERVAL)
 
 
 def _log(event: str, **fields: object) -> None:

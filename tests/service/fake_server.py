@@ -32,6 +32,12 @@ def main() -> None:
         if "hold" in options:
             gate = engine.hold(*options["hold"])
             threading.Thread(target=lambda: (sys.stdin.readline(), gate.release()), daemon=True).start()
+        if options.get("die"):
+
+            def turn() -> bool:
+                raise RuntimeError("a bug in the runner")
+
+            served.runner._turn = turn  # type: ignore[method-assign]
         for call in range(1, 2000 if "step_seconds" in options else 0):
             engine.before("denoise", call, lambda: time.sleep(options["step_seconds"]))
         return served

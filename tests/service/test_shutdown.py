@@ -158,3 +158,13 @@ def test_waiting_for_a_server_that_is_not_there_yet(tmp_path: Path) -> None:
     with fake_server(tmp_path, address=address):
         waiting.join(60)
     assert outcome == [None]
+
+
+def test_a_server_whose_engine_has_died_ends(tmp_path: Path) -> None:
+    """Catches a process that calls itself SERVING for ever and answers nothing: a supervisor must see it go."""
+    with fake_server(tmp_path, die=True) as server:
+        with pytest.raises(CallFailed) as caught:
+            list(server.client.generate("hello", timeout=60))
+        assert caught.value.code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
+        assert server.exit_code() != 0
+        assert "the engine's thread ended" in server.log()
