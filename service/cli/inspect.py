@@ -72,7 +72,7 @@ def _layers(manifest: Manifest) -> str:
 def _verification(manifest: Manifest) -> str:
     found = manifest.verification
     if found is None:
-        return "no: the export did not end"
+        return f"no: {manifest.unverified or 'the export did not end'}"
     return (
         f"on {found.backend} over {found.tokens} positions: entropy off by {found.max_entropy_error:.1e} nats, K/V by "
         f"{found.max_kv_error:.1e}, self-conditioning by {found.max_soft_embedding_error:.1e}; "
