@@ -195,18 +195,21 @@ def test_an_engine_exception_ends_its_request_alone(caplog: pytest.LogCaptureFix
     """Catches a fault that spreads, that leaks, or whose log line the caller cannot name."""
     engine, first, second = FakeEngine(), Reader(), Reader()
     gate = engine.hold("encode", 1)
-    engine.fail("denoise", 2, RuntimeError("out of bananas"))
+    engine.fail("denoise", 3, RuntimeError("out of bananas"))
     with running(engine) as runner, caplog.at_level(logging.ERROR, "runtime.runner"):
         runner.submit(request(2, 7), first)
+        gate.wait_reached()
         runner.submit(request(2, 8), second)
         gate.release()
-        # In turn: encode 1, encode 2, denoise 1 of the first, denoise 2 of the second.
+        # In turn: encode 1 and denoise 1 of the first, encode 2 of the second, denoise 2 and denoise 3.
         assert first.answer() == [7]
         fault = second.rest()[-1]
         assert isinstance(fault, EngineFault)
         third = Reader()
         runner.submit(request(2, 9), third)
         assert third.answer() == [9]
+        assert runner.load.active == 0
+    assert second.outcomes.empty(), "a request went on after its fault"
     assert fault.correlation_id in caplog.text
     assert "out of bananas" in caplog.text
 

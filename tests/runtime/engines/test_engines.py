@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,7 @@ from export.rows import build_rows
 from export.verification import load_model
 from runtime.bundle import Bundle
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
-from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine, Readout
-from runtime.pool import PagePool, Sequence
+from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine, Prefix, Readout
 
 SLACK = 4.0
 """An engine may be this many times as far from float64 as PyTorch in float32 is: both round the same products, in
@@ -96,37 +96,55 @@ def script(engine: Engine, seed: int, prompt: int, chunk: int, blocks: int = 2, 
     return Script(ids(prompt), [(steps, ids(length)) for steps in made], chunk)
 
 
-def calls(engine: Engine, script: Script, pages: Sequence, slot: int) -> Iterator[Readout | None]:
+class Pages:
+    """Pages at random places, other ones in sliding than in full layers; every sequence of a test gets its own."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        random, self._window = np.random.default_rng(seed), engine.facts.sliding_window
+        self._sliding = iter(random.permutation(engine.pool.sliding_pages).tolist())
+        self._full = iter(random.permutation(engine.pool.full_pages).tolist())
+
+    def sequence(self, tokens: int) -> Callable[[int], Prefix]:
+        """Where a sequence of so many tokens lies, for a row at `start`: of the sliding pages those in its window."""
+        count = -(-tokens // PAGE)
+        sliding, full = (tuple(itertools.islice(group, count)) for group in (self._sliding, self._full))
+
+        def prefix(start: int) -> Prefix:
+            first = max(0, start - self._window + 1) // PAGE
+            return Prefix(sliding[first:], first * PAGE, full)
+
+        return prefix
+
+
+def calls(engine: Engine, script: Script, prefix: Callable[[int], Prefix], slot: int) -> Iterator[Readout | None]:
     """Run a script, one engine call at each `next`; yields a denoise call's readout."""
 
     def encode(token_ids: NDArray[np.int64], start: int) -> Iterator[None]:
         for at in range(0, len(token_ids), script.chunk):
-            chunk = token_ids[at : at + script.chunk]
-            prefix = pages.cover(start + at, start + at + len(chunk))
-            engine.encode([EncodeRow(chunk, start + at, prefix)])
+            engine.encode([EncodeRow(token_ids[at : at + script.chunk], start + at, prefix(start + at))])
             yield
 
     yield from encode(script.prompt, 0)
     start = len(script.prompt)
     for steps, committed in script.blocks:
         for index, step in enumerate(steps):
-            prefix = pages.cover(start, start)
-            row = DenoiseRow(
-                step.canvas, start, prefix, slot, index == 0, step.temperature, step.uniform, step.guard_first
-            )
-            yield engine.denoise([row])[0]
+            yield engine.denoise([denoise_row(step, start, prefix, slot, first_step=index == 0)])[0]
         yield from encode(committed, start)
         start += len(committed)
 
 
+def denoise_row(
+    step: Step, start: int, prefix: Callable[[int], Prefix], slot: int, first_step: bool = True
+) -> DenoiseRow:
+    return DenoiseRow(
+        step.canvas, start, prefix(start), slot, first_step, step.temperature, step.uniform, step.guard_first
+    )
+
+
 def alone(engine: Engine, script: Script, slot: int = 0) -> list[Readout]:
-    """Run a script with nothing beside it, on pages from the pool's beginning."""
-    pages = page_pool(engine).reserve(script.tokens)
-    return [readout for readout in calls(engine, script, pages, slot) if readout is not None]
-
-
-def page_pool(engine: Engine) -> PagePool:
-    return PagePool(engine.pool, engine.facts, longest_row=64)
+    """Run a script with nothing beside it."""
+    prefix = Pages(engine, seed=0).sequence(script.tokens)
+    return [readout for readout in calls(engine, script, prefix, slot) if readout is not None]
 
 
 class Oracle:
@@ -248,16 +266,11 @@ def test_a_row_does_not_depend_on_what_ran_before_or_beside_it(fresh: Callable[[
     random = np.random.default_rng(seed)
     engine = fresh()
     works = [script(engine, seed * 10 + i, prompt=int(random.integers(1, 50)), chunk=7) for i in range(3)]
-    pool = page_pool(engine)
-    # Dirties all pages and slots, and leaves the pool's free pages in an order of its own.
-    litter = [pool.reserve(100) for _ in range(4)]
-    for slot, pages in enumerate(litter):
-        list(calls(engine, script(engine, 1000 + seed + slot, prompt=60, chunk=16), pages, slot))
-    for index in random.permutation(len(litter)):
-        litter[index].release()
-
-    slots = random.permutation(engine.pool.canvas_slots)
-    running = {i: calls(engine, work, pool.reserve(work.tokens), int(slots[i])) for i, work in enumerate(works)}
+    litter = Pages(engine, seed=100 + seed)
+    for slot in range(engine.pool.canvas_slots):
+        list(calls(engine, script(engine, 1000 + slot, 170, chunk=16), litter.sequence(202), slot))
+    slots, pages = random.permutation(engine.pool.canvas_slots), Pages(engine, seed)
+    running = {i: calls(engine, work, pages.sequence(work.tokens), int(slots[i])) for i, work in enumerate(works)}
     beside: list[list[Readout]] = [[] for _ in works]
     while running:
         index = int(random.choice(list(running)))
@@ -276,16 +289,13 @@ def test_a_row_does_not_depend_on_what_ran_before_or_beside_it(fresh: Callable[[
 
 def test_rows_of_one_call_are_independent(fresh: Callable[[], Engine]) -> None:
     """Two canvases with different prefixes, temperatures and steps in one call: bit for bit as one by one."""
-    engine, pools, rows = fresh(), [], []
-    pool = page_pool(engine)
+    engine, rows = fresh(), []
+    pages = Pages(engine, seed=1)
     for slot, prompt in enumerate((3, 29)):
         work = script(engine, slot, prompt=prompt, chunk=64)
-        pages = pool.reserve(work.tokens)
-        engine.encode([EncodeRow(work.prompt, 0, pages.cover(0, prompt))])
-        step = work.blocks[0][0][0]
-        prefix = pages.cover(prompt, prompt)
-        rows.append(DenoiseRow(step.canvas, prompt, prefix, slot, True, step.temperature, step.uniform, slot == 1))
-        pools.append(pages)
+        prefix = pages.sequence(work.tokens)
+        engine.encode([EncodeRow(work.prompt, 0, prefix(0))])
+        rows.append(denoise_row(work.blocks[0][0][0], prompt, prefix, slot))
     assert_same(engine.denoise(rows), [engine.denoise([row])[0] for row in rows])
     engine.close()
 
