@@ -14,17 +14,7 @@ from tests.plugins_trt.onnx_session import OperationSession
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = (
-    "query",
-    "key",
-    "value",
-    "key_pool",
-    "value_pool",
-    "page_table",
-    "page_base",
-    "start",
-    "kv_start",
-    "kv_end",
-    "slots",
+    "query key value key_pool value_pool page_table page_base start kv_start kv_end".split()  # noqa: SIM905
 )
 
 
@@ -68,8 +58,8 @@ def test_attention(case: Rows) -> None:
         "grouped_query": [0, 0, case.kv_heads, case.heads // case.kv_heads, case.head_dim],
         "joined_pages": [0, -1, case.kv_heads, case.head_dim],
     }
-    inputs = dict(zip(NAMES, (*arguments, torch.arange(case.page_size)), strict=True))
-    (attended,) = OperationSession(function(), inputs, [(torch.float32, 4)], attributes)(*inputs.values())
+    session = OperationSession(function(), dict(zip(NAMES, arguments, strict=True)), [(torch.float32, 4)], attributes)
+    (attended,) = session(*arguments)
     wide = [argument.double() if argument.is_floating_point() else argument for argument in arguments]
     true = canvas_attention(*wide)
     # A score of head_dim terms is off by head_dim * eps * |q| |k|; the shares follow it relatively, and T of them are
@@ -86,17 +76,16 @@ def test_pages_beyond_the_prefix_do_not_matter() -> None:
     """A page table may name any page behind the prefix, and its slots may hold another request's K/V."""
     case = CASES[0]
     arguments = _arguments(case)
-    slots = torch.arange(case.page_size)
     session = OperationSession(
         function(),
-        dict(zip(NAMES, (*arguments, slots), strict=True)),
+        dict(zip(NAMES, arguments, strict=True)),
         [(torch.float32, 4)],
         {"grouped_query": [0, 0, 2, 2, 6], "joined_pages": [0, -1, 2, 6]},
     )
-    (before,) = session(*arguments, slots)
+    (before,) = session(*arguments)
     table = arguments[5].clone()
     table[:, 3:] = 7
-    (after,) = session(*arguments[:5], table, *arguments[6:], slots)
+    (after,) = session(*arguments[:5], table, *arguments[6:])
     assert torch.equal(before, after)
 
 
