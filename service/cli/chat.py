@@ -14,8 +14,8 @@ from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides
 from service.cli.answer import answer_on
 from service.cli.connection import connected, uninterrupted
-from service.cli.failures import REFUSED, failure_of, sentence_of
-from service.cli.group import Failure
+from service.cli.exits import REFUSED, Failure
+from service.cli.failures import failure_of, sentence_of
 from service.cli.options import address_option, sampling_options, timeout_option
 from service.client import CallFailed, Client, Conversation, TurnCancelled
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from grpc import StatusCode
 
 from runtime.errors import DgemmaError
-from service.cli.group import Failure
+from service.cli.exits import FAILED, REFUSED, TOO_LATE, UNAVAILABLE, Failure
 from service.client import CallFailed
-
-REFUSED, UNAVAILABLE, TOO_LATE = 3, 4, 5
-"""Exit codes; `service.cli.group` documents them."""
 
 EXIT_CODES = {
     StatusCode.INVALID_ARGUMENT: REFUSED,
@@ -27,7 +24,7 @@ def failure_of(error: DgemmaError) -> Failure:
     """How the program ends for an error of the project's tree."""
     if not isinstance(error, CallFailed):
         return Failure(str(error))
-    exit_code = EXIT_CODES.get(error.code, 1)
+    exit_code = EXIT_CODES.get(error.code, FAILED)
     if error.reason == "MESSAGE_TOO_LARGE":
         exit_code = REFUSED
     return Failure(sentence_of(error), exit_code)

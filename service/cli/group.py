@@ -1,4 +1,4 @@
-"""The group of all commands, and the one place where failures become sentences and exit codes.
+"""The group of all commands, and the one place where errors end the program with a sentence.
 
 Commands are named in a table with a line of help and loaded when they are run, so that `dgemma --help` imports neither
 gRPC nor an engine. Other packages add theirs through the entry points `dgemma.commands`.
@@ -11,6 +11,9 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import click
+
+from service.cli import exits
+from service.cli.exits import Failure
 
 ENTRY_POINTS = "dgemma.commands"
 
@@ -28,30 +31,6 @@ COMMANDS = {
 
 KNOWN_PLUGINS = {"export": "Export a checkpoint to a bundle (needs the extra `export`)."}
 """Lines of help of other packages' commands, which are not loaded to be listed."""
-
-EXIT_CODES = """
-\b
-Exit codes:
-    0  it went well
-    1  it failed, for a reason that the message tells
-    2  the command line is wrong
-    3  the server refused the request: change it
-    4  the server cannot be reached, is busy or shuts down: try again
-    5  the deadline passed
-  130  interrupted
-"""
-
-
-INTERRUPTED = 130
-"""As shells tell a program that SIGINT ended."""
-
-
-class Failure(click.ClickException):
-    """Ends the program with a sentence on standard error."""
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        vars(self)["exit_code"] = exit_code  # click declares it for the class
 
 
 class LazyGroup(click.Group):
@@ -86,7 +65,7 @@ class LazyGroup(click.Group):
                 raise
             raise _missing(plugin, error) from error
         except (click.Abort, KeyboardInterrupt) as error:
-            raise Failure("interrupted", INTERRUPTED) from error
+            raise Failure("interrupted", exits.INTERRUPTED) from error
         except (click.ClickException, click.exceptions.Exit):
             raise
         except Exception as error:
@@ -129,7 +108,7 @@ def _told(error: Exception) -> Failure | None:
 
 @click.group(
     cls=LazyGroup,
-    epilog=EXIT_CODES,
+    epilog=exits.HELP,
     context_settings={"auto_envvar_prefix": "DGEMMA", "help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="dgemma")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from runtime.request import SamplingOverrides
-from service.cli.group import Failure
+from service.cli.exits import Failure
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
