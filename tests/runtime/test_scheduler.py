@@ -42,8 +42,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def pages(self, tickets: list[Ticket[int]]) -> int:
         return sum(-(-ticket.tokens // PAGE) for ticket in tickets)
 
-    @rule(tokens=st.integers(1, PAGE * (PAGES + 2)), seconds=st.none() | st.integers(0, 5))
-    def submit(self, tokens: int, seconds: int | None) -> None:
+    @rule(
+        tokens=st.integers(1, 2 * PAGE) | st.integers(1, PAGE * (PAGES + 2)),
+        seconds=st.none() | st.integers(0, 5),
+        at_once=st.booleans(),
+    )
+    def submit(self, tokens: int, seconds: int | None, at_once: bool) -> None:
         deadline = None if seconds is None else self.now + seconds
         refusal = (
             InvalidRequest
@@ -60,6 +64,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             with pytest.raises(refusal):
                 self.scheduler.submit(name, tokens, deadline)
+        if at_once:
+            self.admit()
 
     @rule()
     def admit(self) -> None:
@@ -74,8 +80,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             fits = self.pages([*self.active, self.waiting[0]]) <= PAGES
             assert not (fits and len(self.active) < self.max_active), "the head of the queue waits without need"
 
-    @rule(data=st.data())
-    def next(self, data: st.DataObject) -> None:
+    @precondition(lambda self: self.active)
+    @rule(data=st.data(), turns=st.integers(1, 6))
+    def next(self, data: st.DataObject, turns: int) -> None:
+        for _ in range(turns):
+            self.turn(data)
+
+    def turn(self, data: st.DataObject) -> None:
         ready = {ticket.work for ticket in self.active if data.draw(st.booleans())}
         chosen = self.scheduler.next(ready.__contains__)
         if chosen is None:
