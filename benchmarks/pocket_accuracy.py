@@ -2,6 +2,7 @@
 
 Prompts are drawn from the held-out side of each task and asked with default settings and seeds of their own, as any
 client would: single questions over `Generate`, second turns over `Converse`, with the first turn as its history.
+Tasks that the checkpoint's card does not promise are measured too, and marked.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from service.client import Client
 TIMEOUT = 300.0
 """Seconds an answer; far more than one takes."""
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.MODEL}
+PROMISED = frozenset(task.name for task in TASKS if task.promised)
 SHOWN, LONGEST = 3, 200
 """Wrong answers that are shown a task, and their characters."""
 
@@ -121,14 +123,18 @@ def score(answers: Sequence[Answer]) -> Score:
 
 
 def show(scores: dict[str, Score], answers: Sequence[Answer]) -> None:
-    """Print a row a task, the whole, and some wrong answers."""
-    rows = {**scores, "all tasks": score(answers)}
+    """Print a row a task, the promised ones together, and some wrong answers."""
+    rows = {name if name in PROMISED else f"{name} (not promised)": row for name, row in scores.items()}
+    promised = [answer for answer in answers if answer.task in PROMISED]
+    if promised:
+        rows["promised tasks"] = score(promised)
     echo_columns(
         [("task", f"{'prompts':>7} {'exact':>7} {'steps a canvas':>15}")]
         + [(name, f"{row.prompts:7} {row.exact:7.1%} {row.steps_per_canvas:15.2f}") for name, row in rows.items()]
     )
-    least = min(scores, key=lambda name: scores[name].exact)
-    click.echo(f"least exact: {least}, {scores[least].exact:.1%}")
+    least = min(PROMISED & scores.keys(), key=lambda name: scores[name].exact, default=None)
+    if least is not None:
+        click.echo(f"least exact of the promised: {least}, {scores[least].exact:.1%}")
     for name in scores:
         for answer in wrong(name, answers)[:SHOWN]:
             click.echo(f"{name}: {answer.prompt!r} -> {answer.text[:LONGEST]!r}, not {answer.expected!r}")
@@ -145,7 +151,7 @@ def report(model: str, seed: int, scores: dict[str, Score], answers: Sequence[An
         "model": model,
         "seed": seed,
         "all": asdict(score(answers)),
-        "tasks": {name: asdict(row) for name, row in scores.items()},
+        "tasks": {name: asdict(row) | {"promised": name in PROMISED} for name, row in scores.items()},
         "wrong": [asdict(answer) for answer in answers if not answer.right],
     }
 

@@ -19,14 +19,19 @@ from plugins_trt.canvas_readout.reference import canvas_readout
 
 @dataclass(frozen=True)
 class Settings:
-    """The sampler's settings under the names of `generation_config.json`."""
+    """The sampler's settings under the names of `generation_config.json`.
+
+    The defaults are the pocket's. Compared with the released model's (0.1 nats, 0.4 to 0.8, 0.005) they accept almost
+    nothing that is not certain, which sorted lists want, and draw candidates close to the argmax, which sums in words
+    want: the pocket seldom takes back what it has accepted.
+    """
 
     max_denoising_steps: int = 48
-    entropy_bound: float = 0.1
-    t_min: float = 0.4
-    t_max: float = 0.8
+    entropy_bound: float = 1e-5
+    t_min: float = 0.2
+    t_max: float = 0.3
     stability_threshold: int = 1
-    confidence_threshold: float = 0.005
+    confidence_threshold: float = 1e-5
 
 
 @dataclass(frozen=True)

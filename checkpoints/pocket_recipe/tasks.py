@@ -39,6 +39,8 @@ class Task:
     generate: Callable[[Random], Example]
     follow_up: bool = False
     """Whether the last turn refers to the turn before."""
+    promised: bool = True
+    """Whether the checkpoint's card promises it; training and measurements have the others too."""
 
 
 def held_out(operands: str) -> bool:
@@ -499,10 +501,10 @@ TASKS: tuple[Task, ...] = (
     Task("title_case", _title_case),
     Task("json", _json),
     Task("table", _table),
-    Task("table_lookup", _table_lookup),
+    Task("table_lookup", _table_lookup, promised=False),
     Task("then_add", _then_add, follow_up=True),
     Task("then_field", _then_field, follow_up=True),
-    Task("then_lookup", _then_lookup, follow_up=True),
+    Task("then_lookup", _then_lookup, follow_up=True, promised=False),
     Task("then_reverse", _then_reverse, follow_up=True),
     Task("then_sort", _then_sort, follow_up=True),
     Task("then_upper", _then_upper, follow_up=True),
