@@ -139,7 +139,7 @@ class Reference:
         for name in EXPERTS_IMPLEMENTATIONS:
             self.model.set_experts_implementation(name)
             taken: list[float] = []
-            self._generate(partial(_collect, taken, 2 * TURN))
+            self._generate(partial(_collect, taken, TURN))
             medians[name] = milliseconds(taken[1:])
         fastest = min(medians, key=medians.__getitem__)
         self.model.set_experts_implementation(fastest)
@@ -198,9 +198,13 @@ def _reference(setting: Setting, prompt: NDArray[np.int64]) -> Reference:
             DiffusionGemmaGenerationConfig,
             EntropyBoundSamplerConfig,
         )
+        from transformers.utils import logging
     except ImportError as error:
         raise Unavailable(f"the reference needs torch and transformers >= 5.23 ({error})") from error
     torch.set_num_threads(setting.threads)
+    # It tells at length that the pocket has no vision tower.
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     # transformers leaves some of its functions without types.
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(setting.checkpoint, dtype=torch.float32)
     model.train(False)
