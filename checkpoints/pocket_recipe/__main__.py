@@ -86,11 +86,17 @@ def _texts(data: Path) -> tuple[list[str], list[tuple[str, str]]]:
 @click.option("--learning-rate", default=1.5e-3, show_default=True)
 @click.option("--workers", default=14, show_default=True, help="Processes that make batches.")
 @click.option("--evaluate-every", default=5.0, show_default=True, help="Minutes.")
+@click.option("--seed", default=1, show_default=True, help="Of weights, batches and noise.")
+@click.option(
+    "--init-from",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Begin with this checkpoint's weights. Choose another seed than it was trained with: the same shows the same.",
+)
 @click.option("--tiny", is_flag=True, help="A model and batches of test size.")
 @click.option("--out", type=click.Path(path_type=Path), default=POCKET, show_default=True)
 def train_command(
     data: Path, device: str, total_minutes: float, steps: int | None, leg_minutes: float, learning_rate: float,
-    workers: int, evaluate_every: float, tiny: bool, out: Path,
+    workers: int, evaluate_every: float, seed: int, init_from: Path | None, tiny: bool, out: Path,
 ) -> None:  # fmt: skip
     """Train, or carry on training; write the checkpoint and its evaluation now and then, and at the end."""
     deadline = time.monotonic() + 60 * leg_minutes
@@ -98,11 +104,14 @@ def train_command(
     # Batches are made by processes, which are forked: no threads inside them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     material = Material(tokenizer.load(POCKET), *_texts(data))
-    plan = Plan(steps, None if steps else 60 * total_minutes, learning_rate, tiny=tiny)
+    plan = Plan(steps, None if steps else 60 * total_minutes, learning_rate, seed=seed, tiny=tiny)
     run, state = Run(plan, torch.device(device)), data / ("state-tiny.pt" if tiny else "state.pt")
     if state.exists():
         run.resume(state)
         click.echo(f"resumed at step {run.step}, {run.progress:.1%} done")
+    elif init_from:
+        run.warm_start(checkpoint.read(init_from).state_dict())
+        click.echo(f"began with the weights of {init_from}")
     source = loader(run, material, workers)
     if not tiny:
         run.compile()

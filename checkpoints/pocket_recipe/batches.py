@@ -18,6 +18,7 @@ from checkpoints.pocket_recipe.tokenizer import PAD, TURN_END
 CANVAS = 256
 SOURCES: tuple[str, ...] = (*(task.name for task in TASKS), "definition", "opening", "story", "continued", "small_talk")
 """What a row can come from, by the index in `Batch.sources`."""
+_TASK_SHARES = [task.share for task in TASKS]
 
 
 class Batch(NamedTuple):
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """A batch shape and what fills it: shares of the rows by kind, `tasks` standing for all tasks alike."""
+    """A batch shape and what fills it: shares of the rows by kind; `tasks` are drawn by their own shares."""
 
     name: str
     rows: int
@@ -117,7 +118,7 @@ def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 def _draw(material: Material, kind: str, rng: Random) -> tuple[str, Example]:
     if kind == "tasks":
-        task = rng.choice(TASKS)
+        task = rng.choices(TASKS, _TASK_SHARES)[0]
         return task.name, draw(task, rng, from_held_out=False)
     makers: dict[str, Callable[[], Example]] = {
         "definition": lambda: prose.definition(rng, material.definitions),

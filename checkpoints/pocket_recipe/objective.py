@@ -22,6 +22,9 @@ CLEAN_PADDING_SHARE = 0.3
 """Of rows whose padding is left clean, as it is after the first denoising steps of a short answer."""
 FULL_NOISE_SHARE = 0.13
 """Of rows that are all noise, as every canvas is at its first step."""
+PROPOSED_SHARE = 0.5
+"""Of self-conditioned rows that show the model's own candidates where they show no noise, as every canvas after the
+first step does: a model that has only ever seen the truth there trusts its own mistakes and builds on them."""
 
 
 class Clean(NamedTuple):
@@ -46,6 +49,19 @@ class Noised(NamedTuple):
 
     canvas: Tensor
     before: Tensor
+    noisy: Tensor
+    """Where `canvas` is noise, bool."""
+
+
+class Belief(NamedTuple):
+    """What a denoising step makes of a canvas."""
+
+    soft_embedding: Tensor
+    """`[B, C, H]`."""
+    candidates: Tensor
+    """Tokens drawn from the step's distribution, `[B, C]`."""
+    entropy: Tensor
+    """Of that distribution, nats, `[B, C]`."""
 
 
 def corrupt(canvas: Tensor, vocabulary: int, generator: torch.Generator) -> Noised:
@@ -63,7 +79,18 @@ def corrupt(canvas: Tensor, vocabulary: int, generator: torch.Generator) -> Nois
     noisy &= ~((canvas == PAD) & (uniform(B, 1) < CLEAN_PADDING_SHARE))
     noisier = noisy | (uniform(B, C) < uniform(B, 1))
     tokens = torch.randint(vocabulary, (2, B, C), generator=generator, device=canvas.device)
-    return Noised(torch.where(noisy, tokens[0], canvas), torch.where(noisier, tokens[1], canvas))
+    return Noised(torch.where(noisy, tokens[0], canvas), torch.where(noisier, tokens[1], canvas), noisy)
+
+
+def propose(noised: Noised, belief: Belief, generator: torch.Generator) -> Tensor:
+    """The canvas with candidates where a step may have accepted them: not noise, and of an entropy below a row's bound.
+
+    Positions that the step was unsure of keep the truth: candidates drawn there one by one make no text together.
+    """
+    B, device = len(noised.canvas), noised.canvas.device
+    chosen, bound = torch.rand(2, B, 1, generator=generator, device=device)
+    accepted = (belief.entropy < bound) & (chosen < PROPOSED_SHARE)
+    return torch.where(accepted & ~noised.noisy, belief.candidates, noised.canvas)
 
 
 def answer_weights(canvas: Tensor) -> Tensor:
@@ -76,26 +103,35 @@ def _head_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: floa
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
-def _soft_embedding(hidden: Tensor, embedding: Tensor, temperature: Tensor, softcap: float, scale: float) -> Tensor:
-    p = torch.softmax(softcapped_logits(hidden, embedding, softcap) / temperature, dim=-1)
-    return (p.to(hidden.dtype) @ embedding).float() * scale
+def _belief(
+    hidden: Tensor, embedding: Tensor, temperature: Tensor, uniform: Tensor, softcap: float, scale: float
+) -> Belief:
+    log_p = torch.log_softmax(softcapped_logits(hidden, embedding, softcap) / temperature, dim=-1)
+    p = log_p.exp()
+    soft = (p.to(hidden.dtype) @ embedding).float() * scale
+    # The inverse of the cumulative distribution: as many tokens as lie wholly below the uniform number.
+    candidates = (p.cumsum(-1) <= uniform[..., None]).sum(-1).clamp(max=p.shape[-1] - 1)
+    return Belief(soft, candidates, -(p * log_p).sum(-1))
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Computes the loss of a batch; `head_loss` and `soft_embedding` may be compiled forms of the functions above."""
+    """Computes the loss of a batch; `head_loss` and `belief` may be compiled forms of the functions above."""
 
     model: StepModel
     head_loss: Callable[..., Tensor] = field(default=_head_loss)
-    soft_embedding: Callable[..., Tensor] = field(default=_soft_embedding)
+    belief: Callable[..., Belief] = field(default=_belief)
 
     def __call__(self, clean: Clean, generator: torch.Generator, self_condition: bool) -> Losses:
         """The loss of one batch, with self-conditioning on a step before or without."""
         config, embedding = self.model.config, self.model.embed_tokens.weight
         noised = corrupt(clean.canvas, config.vocab_size, generator)
         states, prefix = encode(self.model, clean.prefix, clean.length)
-        soft = self._believe(noised.before, prefix, generator) if self_condition else None
-        hidden = denoise(self.model, noised.canvas, prefix, soft)
+        canvas, soft = noised.canvas, None
+        if self_condition:
+            belief = self._believe(noised.before, prefix, generator)
+            canvas, soft = propose(noised, belief, generator), belief.soft_embedding
+        hidden = denoise(self.model, canvas, prefix, soft)
         losses, weights = (
             self.head_loss(hidden, embedding, clean.canvas, config.final_logit_softcap),
             answer_weights(clean.canvas),
@@ -107,13 +143,13 @@ class Objective:
         return Losses(denoising + NEXT_TOKEN_WEIGHT * next_token, next_token.detach(), rows)
 
     @torch.no_grad()
-    def _believe(self, canvas: Tensor, prefix: Prefix, generator: torch.Generator) -> Tensor:
+    def _believe(self, canvas: Tensor, prefix: Prefix, generator: torch.Generator) -> Belief:
         config, device = self.model.config, canvas.device
-        # The temperatures of a canvas' first steps, which is all that most canvases need.
-        temperature = 0.5 + 0.3 * torch.rand(len(canvas), 1, 1, generator=generator, device=device)
-        hidden = denoise(self.model, canvas, prefix, None)
-        weight = self.model.embed_tokens.weight
-        return self.soft_embedding(hidden, weight, temperature, config.final_logit_softcap, config.embedding_scale)
+        # From what the pocket's sampler uses to what the released model's begins with.
+        temperature = 0.2 + 0.6 * torch.rand(len(canvas), 1, 1, generator=generator, device=device)
+        uniform = torch.rand(canvas.shape, generator=generator, device=device)
+        hidden, weight = denoise(self.model, canvas, prefix, None), self.model.embed_tokens.weight
+        return self.belief(hidden, weight, temperature, uniform, config.final_logit_softcap, config.embedding_scale)
 
     def _next_token(self, states: Tensor, clean: Clean) -> Tensor:
         targets = clean.prefix[:, 1:]

@@ -39,6 +39,8 @@ class Task:
     generate: Callable[[Random], Example]
     follow_up: bool = False
     """Whether the last turn refers to the turn before."""
+    share: float = 1.0
+    """How often training draws it, against the others."""
     promised: bool = True
     """Whether the checkpoint's card promises it; training and measurements have the others too."""
 
@@ -413,13 +415,16 @@ _LOOKUPS = {
     "city": ("Where does {n} live?", "What is the city of {n}?"),
     "job": ("What is the job of {n}?", "What does {n} do?"),
 }
+# The name stands beside its value as in the table's row: one look-up after the other, where the value alone would take
+# two in one pass, which the pocket did not learn in 12,000 steps.
+_FOUND = {"age": "{n} is {v} years old.", "city": "{n} lives in {v}.", "job": "{n} is a {v}."}
 
 
 def _table_lookup(rng: Random) -> Example:
     column, pairs = _pairs(rng, 2, 4)
     name, value = rng.choice(pairs)
     prompt = f"{_markdown(column, pairs)}\n{_phrase(rng, *_LOOKUPS[column], n=name)}"
-    return _ask(prompt, str(value), (value for pair in pairs for value in pair))
+    return _ask(prompt, _FOUND[column].format(n=name, v=value), (value for pair in pairs for value in pair))
 
 
 def _then_lookup(rng: Random) -> Example:
@@ -427,7 +432,7 @@ def _then_lookup(rng: Random) -> Example:
     header, _, *lines = first.expected.splitlines()
     column = header.split()[3]
     name, value = rng.choice([line.strip("| ").split(" | ") for line in lines])
-    return _follow(first, _phrase(rng, *_LOOKUPS[column], n=name), value)
+    return _follow(first, _phrase(rng, *_LOOKUPS[column], n=name), _FOUND[column].format(n=name, v=value))
 
 
 # --- second turns about a list
@@ -482,17 +487,17 @@ def _then_count(rng: Random) -> Example:
 
 
 TASKS: tuple[Task, ...] = (
-    Task("add", _add),
+    Task("add", _add, share=1.5),
     Task("subtract", _subtract),
-    Task("add_in_words", _add_in_words),
+    Task("add_in_words", _add_in_words, share=3.0),
     Task("gain", _gain),
-    Task("loss", _loss),
+    Task("loss", _loss, share=2.0),
     Task("compare", _compare),
     Task("spell_number", _spell_number),
     Task("read_number", _read_number),
     Task("reverse_digits", _reverse_digits),
-    Task("sort_numbers", _sort_numbers),
-    Task("sort_words", _sort_words),
+    Task("sort_numbers", _sort_numbers, share=2.0),
+    Task("sort_words", _sort_words, share=3.0),
     Task("reverse_words", _reverse_words),
     Task("nth_word", _nth_word),
     Task("count_words", _count_words),
@@ -501,12 +506,12 @@ TASKS: tuple[Task, ...] = (
     Task("title_case", _title_case),
     Task("json", _json),
     Task("table", _table),
-    Task("table_lookup", _table_lookup, promised=False),
-    Task("then_add", _then_add, follow_up=True),
+    Task("table_lookup", _table_lookup, share=3.0, promised=False),
+    Task("then_add", _then_add, follow_up=True, share=1.5),
     Task("then_field", _then_field, follow_up=True),
-    Task("then_lookup", _then_lookup, follow_up=True, promised=False),
+    Task("then_lookup", _then_lookup, follow_up=True, share=3.0, promised=False),
     Task("then_reverse", _then_reverse, follow_up=True),
-    Task("then_sort", _then_sort, follow_up=True),
+    Task("then_sort", _then_sort, follow_up=True, share=4.0),
     Task("then_upper", _then_upper, follow_up=True),
     Task("then_nth", _then_nth, follow_up=True),
     Task("then_count", _then_count, follow_up=True),

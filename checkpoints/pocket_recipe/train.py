@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from checkpoints.pocket_recipe.batches import BUCKETS, SOURCES, Batch, Batches, Bucket, Material
 from checkpoints.pocket_recipe.checkpoint import build_model, hugging_face_config, initialize
 from checkpoints.pocket_recipe.muon import Muon, optimizers, orthogonalize
-from checkpoints.pocket_recipe.objective import Clean, Losses, Objective, _head_loss, _soft_embedding
+from checkpoints.pocket_recipe.objective import Clean, Losses, Objective, _belief, _head_loss
 from export.model import StepModel
 
 
@@ -78,6 +78,11 @@ class Run:
         # Shared with the processes that make batches.
         self.shared_progress = torch.zeros(()).share_memory_()  # type: ignore[no-untyped-call]
 
+    def warm_start(self, weights: dict[str, Tensor]) -> None:
+        """Begin with weights of an earlier run, as published; steps, rates and optimizers begin anew."""
+        for model in (self.model, self.averaged):
+            model.load_state_dict(weights)
+
     @property
     def progress(self) -> float:
         """How much of the plan is done, 0 to 1."""
@@ -94,7 +99,7 @@ class Run:
         for layer in self.model.layers:
             layer.compile(dynamic=False)
         self.objective = Objective(
-            self.model, torch.compile(_head_loss, dynamic=False), torch.compile(_soft_embedding, dynamic=False)
+            self.model, torch.compile(_head_loss, dynamic=False), torch.compile(_belief, dynamic=False)
         )
         for optimizer in self.optimizers:
             if isinstance(optimizer, Muon):
