@@ -24,6 +24,9 @@ from runtime.chat_template import ChatTemplate
 from runtime.errors import BundleError, InvalidRequest, Violation
 from runtime.vocabulary import Vocabulary
 
+MAX_VIOLATIONS = 64
+"""Most that one error tells of a conversation: a message of 4 MB can hold 400,000 wrong ones."""
+
 _PRIVATE_USE = (*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))
 
 
@@ -69,7 +72,7 @@ class PromptBuilder:
         Raises:
             InvalidRequest: wrong roles or texts, or the template refuses them; violations name places under `field`.
         """
-        violations = tuple(_violations(messages, field))
+        violations = tuple(islice(_violations(messages, field), MAX_VIOLATIONS))
         if violations:
             raise InvalidRequest(*violations)
         shield = self._shield([message.text for message in messages], field)

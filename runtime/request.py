@@ -164,6 +164,7 @@ def _schedule_violations(parameters: SamplingParameters) -> Iterator[Violation]:
 def _stop_string_violations(stop_strings: tuple[str, ...]) -> Iterator[Violation]:
     if len(stop_strings) > MAX_STOP_STRINGS:
         yield Violation("stop_sequences", f"holds {len(stop_strings)} texts; at most {MAX_STOP_STRINGS} are allowed")
+        return  # a message of 4 MB can hold two million of them, which are not looked at
     for index, text in enumerate(stop_strings):
         if not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
             limit = f"from 1 to {MAX_STOP_STRING_LENGTH} are allowed"

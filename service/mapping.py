@@ -31,6 +31,9 @@ FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
 
+MAX_DURATION_SECONDS = 315_576_000_000
+"""10,000 years: the most that `google.protobuf.Duration` allows, though its field holds more."""
+
 ENTROPY_STEPS = 32
 """Steps a nat in which `BlockDraft.position_entropies` counts."""
 
@@ -325,9 +328,10 @@ def seconds_of(duration: Duration, field: str) -> float:
     """A duration of a request in seconds.
 
     Raises:
-        InvalidRequest: it is negative, or its nanoseconds are out of range; names `field`.
+        InvalidRequest: it is negative, or out of protobuf's range; names `field`.
     """
-    if duration.seconds < 0 or not 0 <= duration.nanos < 1_000_000_000:
+    if not 0 <= duration.seconds <= MAX_DURATION_SECONDS or not 0 <= duration.nanos < 1_000_000_000:
         met = f"is {duration.seconds} seconds and {duration.nanos} nanoseconds"
-        raise InvalidRequest(Violation(field, f"{met}; it must not be negative, with fewer than 10^9 nanoseconds"))
+        limit = f"from 0 to {MAX_DURATION_SECONDS} seconds, with fewer than 10^9 nanoseconds"
+        raise InvalidRequest(Violation(field, f"{met}; it must be {limit}"))
     return duration.seconds + duration.nanos / 1e9

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+import threading
+import time
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import jinja2
@@ -28,7 +31,7 @@ from runtime.bundle import (
 )
 from runtime.chat_template import ChatTemplate
 from runtime.errors import BundleError, InvalidRequest
-from runtime.prompt import Message, PromptBuilder, Role
+from runtime.prompt import MAX_VIOLATIONS, Message, PromptBuilder, Role
 from runtime.vocabulary import Vocabulary
 from tests.runtime.vocabularies import CONTROL_TOKENS, byte_tokenizer
 
@@ -294,6 +297,32 @@ def test_wrong_messages_are_named(builder: PromptBuilder, messages: list[tuple[R
     with pytest.raises(InvalidRequest) as caught:
         builder.conversation([Message(*message) for message in messages])
     assert [violation.field for violation in caught.value.violations] == fields
+
+
+def test_one_error_tells_of_so_many_messages(builder: PromptBuilder) -> None:
+    """Without an end, a message of 4 MB made a gigabyte of violations."""
+    with pytest.raises(InvalidRequest) as caught:
+        builder.conversation([Message(Role.USER, "a")] * 100_000)
+    assert len(caught.value.violations) == MAX_VIOLATIONS
+
+
+def test_other_threads_go_on_while_a_long_prompt_is_tokenised(builder: PromptBuilder) -> None:
+    """Were the interpreter's lock kept, event loop and engine would stand still: a gap as long as the tokenising."""
+    long, done, looks = [Message(Role.USER, "a cat sat on a mat, " * 20_000)], threading.Event(), [time.monotonic()]
+
+    def look() -> None:
+        while not done.is_set():
+            time.sleep(0.001)
+            looks.append(time.monotonic())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    began = time.monotonic()
+    builder.conversation(long)
+    seconds = time.monotonic() - began
+    done.set()
+    looking.join()
+    assert max(after - before for before, after in pairwise(looks)) < seconds / 2
 
 
 def test_an_empty_answer_belongs_to_a_history(builder: PromptBuilder, reference: PreTrainedTokenizerFast) -> None:

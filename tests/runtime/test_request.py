@@ -89,6 +89,7 @@ def replace_defaults(**values: Any) -> GenerationDefaults:
         ({"stop_strings": ("a", "")}, "stop_sequences[1]"),
         ({"stop_strings": ("x" * (MAX_STOP_STRING_LENGTH + 1),)}, "stop_sequences[0]"),
         ({"stop_strings": ("x",) * (MAX_STOP_STRINGS + 1)}, "stop_sequences"),
+        ({"stop_strings": ("",) * 100_000}, "stop_sequences"),  # one violation, not one for each of them
     ],
 )
 def test_wrong_value_is_named(overrides: dict[str, Any], field: str) -> None:

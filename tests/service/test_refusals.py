@@ -144,7 +144,9 @@ WRONG: list[Any] = [
     pytest.param(with_options(stop_sequences=["a" * 257]), "options.stop_sequences[0]", "256", id="long-stop"),
     pytest.param(with_options(stop_sequences=["a"] * 17), "options.stop_sequences", "at most 16", id="many-stops"),
     pytest.param(with_draft_mode(9), "options.drafts.mode", "DRAFT_MODE_ON", id="draft-mode-unknown"),
-    pytest.param(with_draft_interval(-1, 0), "options.drafts.min_draft_interval", "negative", id="negative-interval"),
+    pytest.param(with_draft_interval(-1, 0), "options.drafts.min_draft_interval", "from 0", id="negative-interval"),
+    # More than Duration allows, though its field holds it: echoed in `started` it would overflow.
+    pytest.param(with_draft_interval(2**63 - 1, 0), "options.drafts.min_draft_interval", "to 3", id="endless-interval"),
     pytest.param(with_draft_interval(0, 10**9), "options.drafts.min_draft_interval", "10^9", id="too-many-nanoseconds"),
 ]
 
