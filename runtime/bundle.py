@@ -163,6 +163,8 @@ def _read_manifest(directory: Path) -> Manifest:
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
-    size = path.stat().st_size if path.is_file() else None
+    if not path.is_file():
+        raise BundleError(f"{path}: is missing; export again")
+    size = path.stat().st_size
     if size != record.bytes:
         raise BundleError(f"{path}: holds {size} bytes where the manifest says {record.bytes}; export again")

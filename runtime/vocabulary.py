@@ -52,8 +52,8 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, taken literally: neither control tokens nor a beginning-of-sequence token."""
-        # As a batch, for `encode` keeps the interpreter's lock: 4 MB of text stopped every other thread for 7 s. Fast is
-        # without offsets, which nobody asks for: half the time.
+        # As a batch, for `encode` keeps the interpreter's lock: 4 MB of text stopped all other threads for 7 s. "Fast"
+        # leaves out offsets, which nobody asks for: half the time.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids

@@ -43,6 +43,14 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
         load(settings(tmp_path))
 
 
+def test_a_missing_file_is_told(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    for name in ("manifest.json", *tiny_bundle.manifest.files):
+        (tmp_path / name).symlink_to(tiny_bundle.path(name))
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(BundleError, match=r"weights\.bin: is missing"):
+        load(settings(tmp_path))
+
+
 def tokens_of(client: Client, seed: int, drafts: bool) -> list[int]:
     """The committed tokens of a short answer."""
     sampling = SamplingOverrides(seed=seed, max_output_tokens=40, max_denoising_steps=6)
