@@ -11,8 +11,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -47,6 +49,9 @@ with a bare RESOURCE_EXHAUSTED, so that nobody makes the server hold more."""
 
 LAST_WRITES = 1.0
 """Seconds after the grace time in which statuses still reach clients that read; the others are cut off."""
+
+UNIX = "unix:"
+"""What the address of a socket in the file system begins with."""
 
 LIVENESS_INTERVAL = 1.0
 """Seconds between two looks at the engine's thread: as long as a dead server may call itself SERVING."""
@@ -180,11 +185,23 @@ def _log(event: str, **fields: object) -> None:
 
 def _bind(server: grpc.aio.Server, address: str) -> str:
     """Bind and return the address with the port that it really got."""
+    taken = AddressTaken(
+        f"cannot listen on {address}: another program does, or it is no address of this machine; "
+        "choose another one with --address"
+    )
+    if _answered(address):
+        raise taken
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise AddressTaken(
-            f"cannot listen on {address}: another program does, or it is no address of this machine; "
-            "choose another one with --address"
-        ) from error
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        raise taken from error
+    return address if address.startswith(UNIX) else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _answered(address: str) -> bool:
+    """Whether a program listens on a socket in the file system: gRPC would take its name away from it."""
+    if not address.startswith(UNIX):
+        return False
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        return client.connect_ex(address.removeprefix(UNIX)) in (0, errno.EAGAIN)  # EAGAIN: its queue is full

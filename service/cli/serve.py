@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from service.cli.options import DEFAULT_ADDRESS
 )
 @click.option(
     "--max-waiting",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=1),
     default=64,
     show_default=True,
     help="Requests that may wait; further ones are told when to come again.",
@@ -89,5 +91,9 @@ def command(
 
 
 def announce(address: str) -> None:
-    """Tell on standard output where the server listens, for whoever started it to read."""
-    click.echo(f"serving on {address}")
+    """Tell on standard output where the server listens, for whoever started it to read, if anybody does."""
+    try:
+        click.echo(f"serving on {address}")
+    except OSError:
+        # Python would try again to write it at its end, and exit with 120.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -175,6 +175,7 @@ def test_a_prompt_that_is_no_utf8_is_told(server: ServerProcess, command: str) -
     [
         (["generate", "x", "--seed", "9223372036854775808"], "--seed"),
         (["generate", "x", "--timeout", "0"], "--timeout"),
+        (["serve", "x", "--max-waiting", "0"], "--max-waiting"),  # every request waits, if only for a moment
         (["generate", "x", "--steps", "many"], "--steps"),
         (["nonsense"], "nonsense"),
     ],

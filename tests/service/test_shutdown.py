@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime.events import Committed, Event, Finished, Started
 from service.client import CallFailed
 from service.server import SERVICES
-from tests.service.processes import fake_server
+from tests.service.processes import ROOT, fake_server
 
 LONG = "an answer of several blocks, each one of thirty-two tokens. " * 3
 Status = health_pb2.HealthCheckResponse
@@ -136,6 +140,38 @@ def test_a_unix_socket_serves(tmp_path: Path) -> None:
     with fake_server(tmp_path, address=f"unix:{tmp_path}/socket") as server:
         assert server.address == f"unix:{tmp_path}/socket"
         assert server.client.model(timeout=30).name == "fake"
+
+
+def test_a_taken_unix_socket_is_told(tmp_path: Path) -> None:
+    """Catches a second server that takes the first one's name away, and at its end leaves it without any."""
+    (tmp_path / "second").mkdir()
+    address = f"unix:{tmp_path}/socket"
+    with (
+        fake_server(tmp_path, address=address) as first,
+        fake_server(tmp_path / "second", address=address) as second,
+    ):
+        assert second.address == ""
+        assert second.exit_code() != 0
+        assert f"cannot listen on {address}" in second.log()
+        assert first.client.model(timeout=30).name == "fake"
+
+
+def test_a_socket_that_a_killed_server_left_is_used_again(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/socket"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(f"{tmp_path}/socket")
+    with fake_server(tmp_path, address=address) as server:
+        assert server.client.model(timeout=30).name == "fake"
+
+
+def test_an_address_that_nobody_reads_ends_no_server() -> None:
+    """Catches a server that goes down with a traceback since whoever started it has closed its standard output."""
+    program = "from service.cli.serve import announce; announce('here')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 def test_waiting_for_a_server_that_is_not_there_yet(tmp_path: Path) -> None:
