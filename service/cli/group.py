@@ -7,6 +7,7 @@ gRPC nor an engine. Other packages add theirs through the entry points `dgemma.c
 from __future__ import annotations
 
 import importlib
+import os
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -103,6 +104,9 @@ def _told(error: Exception) -> Failure | None:
     from runtime.errors import DgemmaError
     from service.cli.failures import failure_of
 
+    if isinstance(error, UnicodeEncodeError) and error.reason.startswith("surrogates"):
+        # How Python reads bytes of the command line and the environment that are no UTF-8.
+        return Failure(f"an argument is not UTF-8: {os.fsencode(error.object)!r}")
     return failure_of(error) if isinstance(error, DgemmaError) else None
 
 

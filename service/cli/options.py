@@ -16,6 +16,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
+MAX_SECONDS = 10**8
+"""Three years."""
+
 
 class Integer(click.IntRange):
     """An integer that a field of the contract can carry; the range that makes sense is the server's to check."""
@@ -26,6 +29,21 @@ class Integer(click.IntRange):
 
     def _describe_range(self) -> str:
         return ""  # what --help would say of the range: nothing that helps
+
+
+class Seconds(click.FloatRange):
+    """A duration; `nan`, `inf` and what overflows gRPC's clock, which click lets pass, are refused."""
+
+    def __init__(self, min_open: bool = False) -> None:
+        super().__init__(min=0, min_open=min_open)
+        self.name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check a value."""
+        seconds = super().convert(value, param, ctx)
+        if not seconds <= MAX_SECONDS:
+            self.fail(f"{value} is not a number of seconds up to {MAX_SECONDS}.", param, ctx)
+        return seconds
 
 
 INT32, INT64 = Integer(32), Integer(64)
@@ -57,7 +75,7 @@ def timeout_option(default: float, what: str = "the answer") -> Callable[[Functi
     """`--timeout`: seconds until the call's deadline."""
     return click.option(
         "--timeout",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(min_open=True),
         default=default,
         show_default=True,
         help=f"Seconds to wait for {what} as a whole.",

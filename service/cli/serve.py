@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from service.cli.options import DEFAULT_ADDRESS
+from service.cli.options import DEFAULT_ADDRESS, Seconds
 
 
 @click.command("serve")
@@ -46,14 +46,14 @@ from service.cli.options import DEFAULT_ADDRESS
 )
 @click.option(
     "--min-draft-interval",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=0.01,
     show_default=True,
     help="Seconds between two drafts at least, whatever a request asks for.",
 )
 @click.option(
     "--grace",
-    type=click.FloatRange(min=0),
+    type=Seconds(),
     default=30.0,
     show_default=True,
     help="Seconds that open requests have to end after SIGTERM or SIGINT; the rest then end with UNAVAILABLE.",

@@ -170,12 +170,20 @@ def test_a_prompt_that_is_no_utf8_is_told(server: ServerProcess, command: str) -
     assert "UTF-8" in refused(server, command, stdin=b"caf\xe9\n", code=1)
 
 
+@pytest.mark.parametrize("arguments", [["caf\udce9"], ["x", "--system", "\udce9"], ["x", "--stop", "\udce9"]])
+def test_an_argument_that_is_no_utf8_is_told(server: ServerProcess, arguments: list[str]) -> None:
+    assert "not UTF-8" in refused(server, "generate", *arguments, code=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["generate", "x", "--seed", "9223372036854775808"], "--seed"),
         (["generate", "x", "--timeout", "0"], "--timeout"),
         (["serve", "x", "--max-waiting", "0"], "--max-waiting"),  # every request waits, if only for a moment
+        (["generate", "x", "--timeout", "nan"], "--timeout"),  # click lets it pass
+        (["generate", "x", "--timeout", "1e300"], "--timeout"),  # overflows to a deadline that has passed
+        (["serve", "x", "--min-draft-interval", "inf"], "--min-draft-interval"),
         (["generate", "x", "--steps", "many"], "--steps"),
         (["nonsense"], "nonsense"),
     ],
