@@ -17,7 +17,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from typing import TypeVar
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
@@ -34,6 +37,8 @@ from service.model import ModelServicer
 from service.served import Served
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
@@ -126,12 +131,22 @@ class Server:
         await self._health.enter_graceful_shutdown()
         drained = True
         if self._runner is not None:
-            drained = await asyncio.to_thread(self._runner.drain, grace)
+            drained = await on_own_thread(partial(self._runner.drain, grace))
         with suppress(TimeoutError):
             await asyncio.wait_for(self._calls.wait_idle(), LAST_WRITES)
         # What still stands are streams that nobody reads and the watchers of health, which would never end.
         await self._server.stop(None)
         return drained
+
+
+async def on_own_thread(act: Callable[[], T]) -> T:
+    """`act`'s result, from a thread that no request can occupy.
+
+    Prompts are tokenised on the event loop's few threads: a shutdown that waited there for its turn came behind all of
+    them, 38 s with 24 prompts of 4 MB and a grace time of 1 s.
+    """
+    with ThreadPoolExecutor(max_workers=1) as own:
+        return await asyncio.get_running_loop().run_in_executor(own, act)
 
 
 async def serve(
@@ -169,7 +184,7 @@ async def serve(
         if not requested.is_set():
             raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
     finally:
-        await asyncio.to_thread(served.runner.close)
+        await on_own_thread(served.runner.close)
 
 
 async def _until(requested: asyncio.Event, runner: Runner) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,3 +184,15 @@ async def test_a_deadline_that_has_passed_is_refused(tmp_path: Path) -> None:
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await finished(first)
         assert harness.engine.calls["denoise"] == 4
+
+
+async def test_prompts_that_are_tokenised_hold_up_no_shutdown(tmp_path: Path) -> None:
+    """Catches a drain that waits for a thread behind all the prompts that came before it."""
+    gate = threading.Event()
+    async with serving(tmp_path) as harness:
+        prompts = [asyncio.create_task(asyncio.to_thread(gate.wait, 60)) for _ in range(100)]
+        try:
+            await asyncio.wait_for(harness.server.stop(0), 30)
+        finally:
+            gate.set()
+            await asyncio.gather(*prompts)
