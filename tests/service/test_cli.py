@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -255,6 +256,8 @@ class Terminal:
         self.pid, self._file = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
+            # As a shell does for what it starts in the foreground: a test run in the background ignores SIGINT.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             program = "from service.cli import main; main()"
             settings = {
                 **os.environ,
