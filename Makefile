@@ -74,7 +74,7 @@ proto: $(STAMP) ## Regenerate the Python code of the contract
 	$(BIN)/python proto/generate.py
 
 bench: $(STAMP) $(BUNDLE) ## Measure speed, memory and start-up as ratios to the reference
-	$(BIN)/python -m benchmarks --bundle $(OUT) $(ARGS)
+	$(BIN)/python -m benchmarks --bundle $(OUT) --checkpoint $(CHECKPOINT) $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
