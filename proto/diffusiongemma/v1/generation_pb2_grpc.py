@@ -29,7 +29,9 @@ class GenerationServiceStub:
     """Generates text.
 
     A stream that goes well ends with OK; everything else is a status, never an
-    event. Each status carries one `google.rpc.ErrorInfo` with a reason, and
+    event. Each status of the server carries one `google.rpc.ErrorInfo` with a
+    reason; those that gRPC itself makes (a deadline that the client's own timer
+    notices, an unknown method) carry none. The codes:
 
     INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
     field and its limit
@@ -75,7 +77,9 @@ class GenerationServiceServicer:
     """Generates text.
 
     A stream that goes well ends with OK; everything else is a status, never an
-    event. Each status carries one `google.rpc.ErrorInfo` with a reason, and
+    event. Each status of the server carries one `google.rpc.ErrorInfo` with a
+    reason; those that gRPC itself makes (a deadline that the client's own timer
+    notices, an unknown method) carry none. The codes:
 
     INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
     field and its limit
@@ -159,7 +163,9 @@ class GenerationService:
     """Generates text.
 
     A stream that goes well ends with OK; everything else is a status, never an
-    event. Each status carries one `google.rpc.ErrorInfo` with a reason, and
+    event. Each status of the server carries one `google.rpc.ErrorInfo` with a
+    reason; those that gRPC itself makes (a deadline that the client's own timer
+    notices, an unknown method) carry none. The codes:
 
     INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
     field and its limit

@@ -32,7 +32,9 @@ class GenerationServiceStub:
     """Generates text.
 
     A stream that goes well ends with OK; everything else is a status, never an
-    event. Each status carries one `google.rpc.ErrorInfo` with a reason, and
+    event. Each status of the server carries one `google.rpc.ErrorInfo` with a
+    reason; those that gRPC itself makes (a deadline that the client's own timer
+    notices, an unknown method) carry none. The codes:
 
       INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
                           field and its limit
@@ -83,7 +85,9 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """Generates text.
 
     A stream that goes well ends with OK; everything else is a status, never an
-    event. Each status carries one `google.rpc.ErrorInfo` with a reason, and
+    event. Each status of the server carries one `google.rpc.ErrorInfo` with a
+    reason; those that gRPC itself makes (a deadline that the client's own timer
+    notices, an unknown method) carry none. The codes:
 
       INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
                           field and its limit
@@ -130,7 +134,9 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text.
 
     A stream that goes well ends with OK; everything else is a status, never an
-    event. Each status carries one `google.rpc.ErrorInfo` with a reason, and
+    event. Each status of the server carries one `google.rpc.ErrorInfo` with a
+    reason; those that gRPC itself makes (a deadline that the client's own timer
+    notices, an unknown method) carry none. The codes:
 
       INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
                           field and its limit
