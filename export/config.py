@@ -97,7 +97,15 @@ def _layers(text: _Reader) -> tuple[LayerConfig, ...]:
         raise text.error("layer_types", f"must name each of the {count} layers sliding_attention or full_attention")
     if types[-1] != "full_attention":
         raise text.error("layer_types", "must end with full_attention")
-    return tuple(_layer(text, index, kind) for index, kind in enumerate(types))
+    layers = tuple(_layer(text, index, kind) for index, kind in enumerate(types))
+    for sliding in (True, False):
+        # The layers of a type share one table of rotation frequencies, so also the reference gives them one head size.
+        sizes = sorted({layer.head_dim for layer in layers if layer.sliding == sliding})
+        if len(sizes) > 1:
+            raise text.error(
+                "per_layer_config", f"gives layers of one type heads of {sizes}; it must give them one size"
+            )
+    return layers
 
 
 def _layer(text: _Reader, index: int, kind: str) -> LayerConfig:

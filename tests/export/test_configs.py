@@ -60,6 +60,11 @@ Change = Callable[[dict[str, Any]], Any]
             lambda raw: raw["text_config"].update(num_attention_heads=9), "9 heads", id="heads that do not divide"
         ),
         pytest.param(
+            lambda raw: raw["text_config"].update(per_layer_config={"5": {"head_dim": 512}}),
+            "heads of \\[256, 512\\]",
+            id="head sizes that differ within a type",
+        ),
+        pytest.param(
             lambda raw: raw["text_config"]["rope_parameters"]["full_attention"].update(rope_type="yarn"),
             "rope_type is 'yarn'",
             id="another rotation",
