@@ -16,6 +16,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 PROJECT = FOLDER.parent
 LOCKS = {"serve.txt": "", "dev.txt": "[dev]"}
+ONLY_ON = {"triton": 'sys_platform == "linux"'}
+"""Packages that exist for one platform alone; their tests skip elsewhere."""
+
 HEADER = "# Made by `make lock`. Exact versions of `pip install .{extra}` and of all that it pulls in.\n"
 
 
@@ -28,11 +31,17 @@ def resolve(extra: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", name).lower(): version.partition("+")[0] for name, version in found.items()}
 
 
+def line(package: str, version: str) -> str:
+    """A lock's line of a package."""
+    marker = ONLY_ON.get(package)
+    return f"{package}=={version}; {marker}\n" if marker else f"{package}=={version}\n"
+
+
 def main() -> None:
     """Writes both locks, after both were resolved."""
     resolved = {name: resolve(extra) for name, extra in LOCKS.items()}
     for name, versions in resolved.items():
-        lines = "".join(f"{package}=={version}\n" for package, version in sorted(versions.items()))
+        lines = "".join(line(package, version) for package, version in sorted(versions.items()))
         (FOLDER / name).write_text(HEADER.format(extra=LOCKS[name]) + lines)
         print(f"{name}: {len(versions)} packages")
 
