@@ -1,10 +1,17 @@
-"""The meaning of the expert feed-forward in plain PyTorch."""
+"""The meaning of the expert feed-forward in plain PyTorch, for each encoding of the weights."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+INT4_GROUP = 32
+"""Columns of a weight row that share one scale in the 4-bit encoding."""
+
+_E4M3_LARGEST = 448.0
 
 
 def expert_ffn(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -23,10 +30,101 @@ def expert_ffn(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: T
     Returns:
         `[T, H]` in the dtype of `x`.
     """
+    return _mixture(x, expert_ids, expert_weights, gate_up, down, rounded=lambda states: states)
+
+
+def expert_ffn_fp8(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    *,
+    dynamic_activations: bool = False,
+) -> Tensor:
+    """`expert_ffn` with weights in float8_e4m3fn and a scale for each of their rows.
+
+    Args:
+        x: token states, `[T, H]`.
+        expert_ids: `[T, K]` int64, distinct within a token.
+        expert_weights: `[T, K]`.
+        gate_up: `[E, 2I, H]` float8_e4m3fn.
+        gate_up_scale: `[E, 2I]` float32; a weight is its code times its row's scale.
+        down: `[E, H, I]` float8_e4m3fn.
+        down_scale: `[E, H]` float32.
+        dynamic_activations: round `x` and each expert's hidden states to float8_e4m3fn too, with a scale for each row
+            that is its largest magnitude / 448.
+
+    Returns:
+        `[T, H]` in the dtype of `x`.
+    """
+    gate_up, down = _from_fp8(gate_up, gate_up_scale, x.dtype), _from_fp8(down, down_scale, x.dtype)
+    rounded = _round_to_fp8 if dynamic_activations else lambda states: states
+    return _mixture(x, expert_ids, expert_weights, gate_up, down, rounded)
+
+
+def expert_ffn_int4(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up_packed: Tensor,
+    gate_up_scale: Tensor,
+    down_packed: Tensor,
+    down_scale: Tensor,
+) -> Tensor:
+    """`expert_ffn` with 4-bit weights: codes -8..7 times a scale for each group of 32 columns of a row.
+
+    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `j` holds column `j` in its low half and
+    column `j + 16` in its high half.
+
+    Args:
+        x: token states, `[T, H]`.
+        expert_ids: `[T, K]` int64, distinct within a token.
+        expert_weights: `[T, K]`.
+        gate_up_packed: `[E, 2I, H / 2]` uint8; H a multiple of 32.
+        gate_up_scale: `[E, 2I, H / 32]`.
+        down_packed: `[E, H, I / 2]` uint8; I a multiple of 32.
+        down_scale: `[E, H, I / 32]`.
+
+    Returns:
+        `[T, H]` in the dtype of `x`.
+    """
+    gate_up = _from_int4(gate_up_packed, gate_up_scale, x.dtype)
+    return expert_ffn(x, expert_ids, expert_weights, gate_up, _from_int4(down_packed, down_scale, x.dtype))
+
+
+def _mixture(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    rounded: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The mixture, with `rounded` applied to the rows that enter each product."""
     experts, intermediate = gate_up.shape[0], down.shape[2]
     token_weights = torch.zeros(x.shape[0], experts, dtype=x.dtype, device=x.device)
     token_weights = token_weights.scatter(1, expert_ids, expert_weights.to(x.dtype))
-    gate, up = (x @ gate_up.flatten(0, 1).T).view(-1, experts, 2 * intermediate).chunk(2, dim=-1)
-    hidden = F.gelu(gate, approximate="tanh") * up * token_weights.unsqueeze(-1)
+    gate, up = (rounded(x) @ gate_up.flatten(0, 1).T).view(-1, experts, 2 * intermediate).chunk(2, dim=-1)
+    hidden = rounded(F.gelu(gate, approximate="tanh") * up) * token_weights.unsqueeze(-1)
     output: Tensor = hidden.flatten(1) @ down.transpose(1, 2).flatten(0, 1)
     return output
+
+
+def _from_fp8(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    wide = torch.promote_types(dtype, torch.float32)
+    return (codes.to(wide) * scale.to(wide).unsqueeze(-1)).to(dtype)
+
+
+def _round_to_fp8(states: Tensor) -> Tensor:
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    scale = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / _E4M3_LARGEST
+    return ((wide / scale).to(torch.float8_e4m3fn).to(wide.dtype) * scale).to(states.dtype)
+
+
+def _from_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    groups = packed.unflatten(-1, (-1, INT4_GROUP // 2))
+    codes = torch.cat([groups & 0x0F, groups >> 4], dim=-1).to(dtype) - 8
+    return (codes * scale.to(dtype).unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,69 @@
+"""Tile sizes of the two products, chosen from shapes and the device alone: graphs must not change from run to run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Product:
+    """Tile of one product: weights are the left operand, token rows the right one."""
+
+    weight_rows: int
+    """Rows of the weight matrix in a tile; of the gate and of the up matrix each in the first product."""
+    depth: int
+    """Columns of the weight matrix that one turn of the loop reads."""
+    warps: int
+    stages: int
+    """Turns whose reads are under way at once."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles of a layer's two products, which share one dispatch plan."""
+
+    block_rows: int
+    """Token rows of a block."""
+    gate_up: Product
+    down: Product
+
+
+# Narrow blocks serve decoding, where an expert has few rows and reading its weights is all the work; wide ones serve
+# prefill and many canvases, where the matrix units are. Few stages fit 99 KB of shared memory (sm_89, sm_120).
+_NARROW = Tiles(32, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
+_MIDDLE = Tiles(64, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
+_WIDE = Tiles(128, Product(64, 64, 8, 4), Product(128, 64, 8, 4))
+_SMALL = Tiles(32, Product(32, 32, 4, 2), Product(64, 32, 4, 2))
+
+_NEEDED = 160 << 10
+"""Shared memory that the table's larger tiles were chosen for, in bytes a block."""
+
+
+def choose_tiles(rows_per_expert: float, element_size: int, shared_memory: int) -> Tiles:
+    """Tiles for experts of `rows_per_expert` token rows on average.
+
+    Args:
+        rows_per_expert: `T * K / E`.
+        element_size: bytes of an activation.
+        shared_memory: bytes that one block may have on the device, as from `shared_memory_of`.
+    """
+    if element_size > 2 or shared_memory < _NEEDED:
+        return _SMALL
+    if rows_per_expert <= 24:
+        return _NARROW
+    return _MIDDLE if rows_per_expert <= 64 else _WIDE
+
+
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have; 0 where the device is no GPU, as in Triton's interpreter."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def weight_tiles(rows: int, product: Product) -> int:
+    """Tiles that cover `rows` of a weight matrix."""
+    return int(triton.cdiv(rows, product.weight_rows))
