@@ -1,7 +1,8 @@
 """The bundle: what an export writes and an engine loads.
 
-A directory of `manifest.json`, the tokenizer and chat template, the step graph and one weights file. This module is the
-bundle's schema, shared by the exporter that writes it and the runtime that reads it, and the reading itself.
+A directory of `manifest.json`, the tokenizer and chat template, the step graph and one weights file; for the torch
+engine also the step as an exported program, which takes its weights from the same file. This module is the bundle's
+schema, shared by the exporter that writes it and the runtime that reads it, and the reading itself.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import msgspec
 
 from runtime.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 STEP_GRAPH = "step.onnx"
+STEP_PROGRAM = "step.pt2"
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -83,6 +85,24 @@ class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
+class TensorRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a tensor lies in the weights file, row-major."""
+
+    offset: int
+    dtype: str
+    """PyTorch's name of it, as in `bfloat16`."""
+    shape: tuple[int, ...]
+
+
+class ProgramRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the exported program is called with: it holds no weight, all of them are inputs."""
+
+    inputs: tuple[str, ...]
+    """In order: names of tensors of the weights file, of `constants` and of the graph's inputs."""
+    constants: dict[str, tuple[float, ...]]
+    """Values that follow from the model's shape, float32 `[n]` each."""
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`manifest.json`."""
 
@@ -103,6 +123,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exporter: dict[str, str]
     """Versions of the packages that made the bundle."""
     files: dict[str, FileRecord]
+    tensors: dict[str, TensorRecord] = {}
+    """The weights file's tensors by their name in the checkpoint."""
+    program: ProgramRecord | None = None
+    """None where the bundle has no exported program."""
     verification: Verification | None = None
     unverified: str | None = None
     """Why there is no verification, where there is none."""

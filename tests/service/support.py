@@ -19,6 +19,7 @@ from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc, model_pb2_grp
 from runtime.bundle import (
     CHAT_TEMPLATE,
     MANIFEST,
+    SCHEMA_VERSION,
     TOKENIZER,
     Bundle,
     FileRecord,
@@ -40,7 +41,8 @@ from runtime.vocabulary import Vocabulary
 from service.client import CallFailed
 from service.mailbox import Mailbox
 from service.served import Served
-from service.server import MAX_MESSAGE_BYTES, Server
+from service.server import Server
+from service.transport import MAX_MESSAGE_BYTES
 
 END, BOS = 1, 2
 CONTROL = {"<pad>": 0, "<eos>": END, "<bos>": BOS, "<|turn>": 3, "<turn|>": 4}
@@ -85,7 +87,7 @@ def write_bundle(directory: Path, facts: ModelFacts = FACTS) -> Bundle:
         for name in (TOKENIZER, CHAT_TEMPLATE)
     }
     manifest = Manifest(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         model=facts,
         precision="float32",
         generation=DEFAULTS,

@@ -1,0 +1,111 @@
+"""The operations in PyTorch's dispatcher, as `torch.ops.dgemma.*`, so that an exported program keeps one node for each.
+
+A registered operation runs its `reference.py` on the CPU and its `kernel.py` on a GPU, never the one for the other: a
+device without a face is PyTorch's own error. Triton is imported when the first GPU tensor comes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugins_trt.operations import Operations
+
+NAMESPACE = "dgemma"
+
+
+@dataclass(frozen=True)
+class _Registration:
+    """One operation: where its faces are and what its results look like."""
+
+    folder: str
+    schema: str
+    """Its name, and the arguments of the functions of that name in `reference.py` and `kernel.py`."""
+    results: Callable[..., Any]
+    """Empty results in the shapes that arguments of these shapes lead to."""
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+    def run_reference(self, *arguments: Any) -> Any:
+        """The CPU's face; what it returns as views is made contiguous, as `results` promises."""
+        result = self._face("reference")(*arguments)
+        return tuple(map(Tensor.contiguous, result)) if isinstance(result, tuple) else result.contiguous()
+
+    def run_kernel(self, *arguments: Any) -> Any:
+        """The GPU's face; it reads contiguous tensors."""
+        return self._face("kernel")(*(each.contiguous() if isinstance(each, Tensor) else each for each in arguments))
+
+    def _face(self, room: str) -> Callable[..., Any]:
+        face: Callable[..., Any] = getattr(importlib.import_module(f"plugins_trt.{self.folder}.{room}"), self.name)
+        return face
+
+
+def _like_first(first: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
+def _chosen_experts(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+
+
+def _readout(hidden: Tensor, embedding: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    positions = hidden.shape[:2]
+    ids = [hidden.new_empty(positions, dtype=torch.int64) for _ in range(2)]
+    entropy = hidden.new_empty(positions, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return ids[0], ids[1], entropy, hidden.new_empty(hidden.shape, dtype=embedding.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_EXPERTS = "Tensor x, Tensor expert_ids, Tensor expert_weights"
+_SCALED = "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale"
+_REGISTRATIONS = (
+    _Registration(
+        "expert_routing",
+        "expert_routing(Tensor logits, Tensor per_expert_scale, int top_k) -> (Tensor, Tensor)",
+        _chosen_experts,
+    ),
+    _Registration("expert_ffn", f"expert_ffn({_EXPERTS}, Tensor gate_up, Tensor down) -> Tensor", _like_first),
+    _Registration("expert_ffn", f"expert_ffn_fp8({_EXPERTS}, {_SCALED}) -> Tensor", _like_first),
+    _Registration("expert_ffn", f"expert_ffn_int4({_EXPERTS}, {_SCALED}) -> Tensor", _like_first),
+    _Registration(
+        "canvas_attention",
+        "canvas_attention(Tensor query, Tensor key, Tensor value, Tensor key_pool, Tensor value_pool, "
+        "Tensor page_table, Tensor page_base, Tensor start, Tensor kv_start, Tensor kv_end) -> Tensor",
+        _like_first,
+    ),
+    _Registration(
+        "canvas_readout",
+        "canvas_readout(Tensor hidden, Tensor embedding, Tensor temperature, Tensor uniform, Tensor guard, "
+        "Tensor guarded_ids, float softcap, float embedding_scale) -> (Tensor, Tensor, Tensor, Tensor)",
+        _readout,
+    ),
+    _Registration("quantized_linear", "linear_fp8(Tensor x, Tensor weight, Tensor scale) -> Tensor", _product),
+)
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _register(registration: _Registration) -> Callable[..., Any]:
+    """Register an operation and return it."""
+    _LIBRARY.define(registration.schema)
+    _LIBRARY.impl(registration.name, registration.run_reference, "CPU")
+    _LIBRARY.impl(registration.name, registration.run_kernel, "CUDA")
+    torch.library.register_fake(f"{NAMESPACE}::{registration.name}", registration.results, lib=_LIBRARY)
+    operation: Callable[..., Any] = getattr(torch.ops.dgemma, registration.name).default
+    return operation
+
+
+_OPERATIONS = {registration.name: _register(registration) for registration in _REGISTRATIONS}
+REGISTERED = Operations(**{name: _OPERATIONS[name] for name in Operations.__dataclass_fields__ if name in _OPERATIONS})
+"""What a model is written against to be exported as a program."""
