@@ -7,9 +7,9 @@ imported. So the interpreter lives in a process of its own, and this one keeps t
 from __future__ import annotations
 
 import importlib
+import io
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -50,8 +50,8 @@ class Interpreter:
         Args:
             function: a public function of a module; what it changes in place does not come back.
         """
-        call = pickle.dumps((function.__module__, function.__qualname__, args, kwargs))
-        return pickle.loads(self._pool.submit(_call, call).result())
+        call = _pack((function.__module__, function.__qualname__, args, kwargs))
+        return _unpack(self._pool.submit(_call, call).result())
 
 
 def _start() -> None:
@@ -60,8 +60,19 @@ def _start() -> None:
 
 
 def _call(call: bytes) -> bytes:
-    module, name, args, kwargs = pickle.loads(call)
-    return pickle.dumps(getattr(importlib.import_module(module), name)(*args, **kwargs))
+    module, name, args, kwargs = _unpack(call)
+    return _pack(getattr(importlib.import_module(module), name)(*args, **kwargs))
+
+
+def _pack(values: Any) -> bytes:
+    # Not `pickle`, which cannot read 8-bit floating-point tensors back (torch 2.13).
+    file = io.BytesIO()
+    torch.save(values, file)
+    return file.getvalue()
+
+
+def _unpack(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 @pytest.fixture(scope="session")

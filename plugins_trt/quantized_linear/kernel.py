@@ -1,0 +1,248 @@
+"""The quantised linear layer on the GPU, in Triton.
+
+The weight is the left operand of the tile product: `out.T = weight @ x.T`. Hopper's matrix instruction takes its left
+operand from registers, so the codes can be widened on their way, and its right operand from shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = tl.constexpr(448.0)
+_SMALLEST_ABSMAX = tl.constexpr(2.0**-100)
+_ROW_BLOCK = 4096
+"""Columns that `quantize_rows` holds at a time."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a product is cut up; a block of threads computes `weights` by `tokens` numbers."""
+
+    weights: int
+    tokens: int
+    depth: int
+    """Columns of K a turn."""
+    splits: int
+    """Parts of K that different blocks sum, added up afterwards in a fixed order."""
+    warps: int
+    stages: int
+    """Turns whose loads are under way at a time."""
+
+
+def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool = True) -> Tensor:
+    """`x @ (weight * scale[:, None]).T`, summed in float32, scaled, and rounded once to the dtype of `x`.
+
+    A row's result depends on the number of rows by the tile it leads to, never on the other rows' values.
+
+    Args:
+        x: `[..., K]`.
+        weight: float8_e4m3fn `[N, K]`, contiguous.
+        scale: of each output channel, float32 `[N]`.
+        dynamic_activations: quantise the activations too, each row by its own scale (`quantize_rows`); else they stay
+            as they are and the codes are widened to their dtype.
+
+    Returns:
+        `[..., N]` in the dtype of `x`.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    tile = choose_tile(rows.shape[0], *weight.shape, dynamic_activations)
+    if dynamic_activations:
+        codes, row_scale = quantize_rows(rows)
+        product = multiply(codes, row_scale, weight, scale, x.dtype, tile)
+    else:
+        product = multiply(rows, None, weight, scale, x.dtype, tile)
+    return product.view(*x.shape[:-1], weight.shape[0])
+
+
+def choose_tile(rows: int, channels: int, depth: int, dynamic_activations: bool) -> Tile:
+    """The tile for `rows` by `channels` numbers, each a sum over `depth` products.
+
+    Every tile fits in the 99 KB of shared memory that a block has on the smallest targets (sm_89, sm_120).
+    """
+    tokens = 64 if rows > 32 else 32
+    weights = 128
+    blocks = triton.cdiv(rows, tokens) * triton.cdiv(channels, weights)
+    if blocks < _BLOCKS:
+        weights, blocks = 64, triton.cdiv(rows, tokens) * triton.cdiv(channels, 64)
+    splits = max(1, min(_BLOCKS // blocks, depth // _SHORTEST_PART, _MOST_SPLITS))
+    if dynamic_activations:
+        return Tile(weights, tokens, depth=128, splits=splits, warps=4, stages=4)
+    return Tile(weights, tokens, depth=64, splits=splits, warps=4, stages=4)
+
+
+_BLOCKS = 128
+"""Blocks that keep a large GPU busy (an H200 has 132 multiprocessors)."""
+_SHORTEST_PART, _MOST_SPLITS = 512, 4
+"""A part of K shorter than this does not pay for the second pass over the partial sums."""
+
+
+def multiply(
+    x: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, dtype: torch.dtype, tile: Tile
+) -> Tensor:
+    """`(x * row_scale[:, None]) @ (weight * scale[:, None]).T` in `dtype`.
+
+    Args:
+        x: `[M, K]`; float8_e4m3fn with a `row_scale`, else a wider float, which the weight is widened to.
+        row_scale: float32 `[M]`.
+        weight: float8_e4m3fn `[N, K]`.
+        scale: float32 `[N]`.
+        dtype: of the result.
+        tile: how to cut it up.
+
+    Returns:
+        `[M, N]`.
+    """
+    (rows, depth), channels = x.shape, weight.shape[0]
+    out = torch.empty(rows, channels, dtype=dtype, device=x.device)
+    partial = out if tile.splits == 1 else x.new_empty(tile.splits, rows, channels, dtype=torch.float32)
+    grid = (triton.cdiv(rows, tile.tokens), triton.cdiv(channels, tile.weights), tile.splits)
+    native = has_fp8(x.device)
+    _product[grid](
+        x.contiguous(),
+        row_scale,
+        weight if native else weight.view(torch.uint8),
+        scale,
+        partial,
+        rows,
+        channels,
+        depth,
+        NATIVE=native,
+        TOKENS=tile.tokens,
+        WEIGHTS=tile.weights,
+        DEPTH=tile.depth,
+        WHOLE=depth % tile.depth == 0,
+        SPLITS=tile.splits,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    if tile.splits > 1:
+        _add_up[(triton.cdiv(out.numel(), _ADDED),)](partial, out, out.numel(), SPLITS=tile.splits, BLOCK=_ADDED)
+    return out
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device converts 8-bit floats itself: from compute capability 8.9 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+_ADDED = 1024
+"""Numbers that one block of `_add_up` makes."""
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric quantisation of each row to 8-bit floating point: `x ~ codes * scale[:, None]`.
+
+    Args:
+        x: `[M, K]`.
+
+    Returns:
+        codes: float8_e4m3fn `[M, K]`, rounded to nearest, ties to even.
+        scale: `absmax / 448`, float32 `[M]`.
+    """
+    rows, depth = x.shape
+    codes = torch.empty(rows, depth, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(depth), _ROW_BLOCK)
+    _quantize[(rows,)](x.contiguous(), codes, scale, depth, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+    return codes, scale
+
+
+@triton.jit
+def _product(
+    x,
+    row_scale,
+    weight,
+    scale,
+    out,
+    rows,
+    channels,
+    depth,
+    NATIVE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    # Blocks of one stretch of the weight run side by side, so that it is read from memory once.
+    row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    channel = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
+    column = tl.arange(0, DEPTH)
+    turns = tl.cdiv(tl.cdiv(depth, DEPTH), SPLITS)
+    start = tl.program_id(2) * turns * DEPTH
+    # Rows and channels past the end read the first ones again; they are not stored.
+    x_at = x + (row % rows).to(tl.int64)[None, :] * depth + (start + column)[:, None]
+    weight_at = weight + (channel % channels).to(tl.int64)[:, None] * depth + (start + column)[None, :]
+    total = tl.zeros((WEIGHTS, TOKENS), dtype=tl.float32)
+    for turn in range(turns):
+        left = depth - start - turn * DEPTH
+        if WHOLE and SPLITS == 1:
+            tokens = tl.load(x_at)
+            codes = tl.load(weight_at)
+        else:
+            tokens = tl.load(x_at, mask=column[:, None] < left, other=0.0)
+            codes = tl.load(weight_at, mask=column[None, :] < left, other=0.0)
+        if row_scale is None:
+            codes = (codes if NATIVE else _widen(codes)).to(tokens.dtype)
+        # Hopper adds 8-bit products in fewer bits than float32; limiting that to a turn keeps long sums exact enough.
+        total = tl.dot(codes, tokens, total, input_precision="ieee", max_num_imprecise_acc=DEPTH)
+        x_at += DEPTH
+        weight_at += DEPTH
+    total *= tl.load(scale + channel, mask=channel < channels, other=0.0)[:, None]
+    if row_scale is not None:
+        total *= tl.load(row_scale + row, mask=row < rows, other=0.0)[None, :]
+    part = tl.program_id(2).to(tl.int64) * rows * channels
+    at = out + part + row.to(tl.int64)[None, :] * channels + channel[:, None]
+    tl.store(at, total.to(out.dtype.element_ty), mask=(row < rows)[None, :] & (channel < channels)[:, None])
+
+
+@triton.jit
+def _widen(codes):
+    # Sign, exponent and mantissa moved to where float32 has them; the factor makes up for the exponents' biases.
+    bits = ((codes.to(tl.uint32) & 0x80) << 24) | ((codes.to(tl.uint32) & 0x7F) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^(127 - 7)
+
+
+@triton.jit
+def _add_up(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    stride = tl.full((), size, dtype=tl.int64)
+    total = tl.load(partial + at, mask=at < size)
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(partial + part * stride + at, mask=at < size)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < size)
+
+
+@triton.jit
+def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    x += row.to(tl.int64) * depth
+    codes += row.to(tl.int64) * depth
+    column = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, depth, BLOCK):
+        values = tl.load(x + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    step = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), _SMALLEST_ABSMAX), LARGEST.value)
+    inverse = tl.math.div_rn(1.0, step)
+    for start in range(0, depth, BLOCK):
+        inside = start + column < depth
+        values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32) * inverse
+        values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+        tl.store(codes + start + column, _round(values).to(codes.dtype.element_ty), mask=inside)
+    tl.store(scale + row, step)
+
+
+@triton.jit
+def _round(values):
+    # To float8_e4m3fn's grid before the cast, which then has nothing left to round: the interpreter's cast
+    # (Triton 3.9) loses the carry into the exponent, so that 127.4 becomes 64.
+    bits = values.to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+    subnormal = (values + 24576.0) - 24576.0  # 1.5 * 2^14: float32's last bit there is 2^-9, the subnormals' grid
+    return tl.where(tl.abs(values) < 0.015625, subnormal, normal)  # 2^-6, the smallest normal number
