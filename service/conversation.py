@@ -11,6 +11,7 @@ import asyncio
 import re
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -20,12 +21,15 @@ from runtime.errors import Cancelled, InvalidRequest, QueueFull, Violation
 from runtime.events import Committed, Event, Finished
 from runtime.prompt import Message, Role
 from runtime.runner import Handle
-from service.calls import Calls
+from service.intake import Intake
 from service.mapping import event_proto, messages_of, text_of
-from service.served import Order, Served
+from service.served import Order
 
 MAX_WAITING_TURNS = 8
 """Turns that may wait for the open one: who types ahead stays below, who sends without reading is stopped."""
+
+MAX_CANCELLED_TURNS = 256
+"""Turns cancelled while they waited whose end was not told yet; they hold no text, only their place in the order."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]"
 
@@ -42,6 +46,7 @@ class _Turn:
 
     def cancel(self) -> None:
         self.cancelled = True
+        self.text = ""  # nobody asks for it any more
         self.stop()
 
     def stop(self) -> None:
@@ -52,8 +57,8 @@ class _Turn:
 class Conversation:
     """The server's side of one `Converse` stream."""
 
-    def __init__(self, served: Served, calls: Calls, context: Context) -> None:
-        self._served, self._calls, self._context = served, calls, context
+    def __init__(self, intake: Intake, context: Context) -> None:
+        self._intake, self._served, self._context = intake, intake.served, context
         self._setup: generation_pb2.ConversationSetup | None = None
         self._history: list[Message] = []
         self._given = 0
@@ -70,7 +75,7 @@ class Conversation:
 
     async def hold(self, requests: AsyncIterator[generation_pb2.ConverseRequest]) -> None:
         """Answer the client's turns until it has half-closed and all are answered."""
-        with self._calls.enter(on_drain=self._changed.set):
+        with self._intake.enter(on_drain=self._changed.set):
             reader = asyncio.create_task(self._read(requests))
             try:
                 await self._answer()
@@ -113,11 +118,13 @@ class Conversation:
         if self._history and self._history[-1].role is Role.USER:
             field = f"setup.history[{self._given - 1}].role"
             raise InvalidRequest(Violation(field, "is ROLE_USER; send the user's last message in start_turn"))
+        self._served.check_options(setup.options, "setup.options")
         self._setup = setup
 
     def _start(self, start: generation_pb2.TurnStart) -> None:
         assert self._setup is not None
-        if len(self._waiting) >= MAX_WAITING_TURNS:
+        cancelled = sum(turn.cancelled for turn in self._waiting)
+        if len(self._waiting) - cancelled >= MAX_WAITING_TURNS or cancelled >= MAX_CANCELLED_TURNS:
             raise QueueFull(len(self._waiting), retry_after=1.0)
         own = start.HasField("options")
         options, field = (start.options, "start_turn.options") if own else (self._setup.options, "setup.options")
@@ -149,7 +156,7 @@ class Conversation:
                 raise self._failure
             if self._half_closed and not self._waiting:
                 return None
-            self._calls.refuse_when_draining()
+            self._intake.refuse_when_draining()
             if self._waiting:
                 return self._waiting.popleft()
             await self._changed.wait()
@@ -159,7 +166,9 @@ class Conversation:
         try:
             if turn.cancelled:  # while it waited
                 raise Cancelled
-            order = await asyncio.to_thread(self._order, turn, [*self._history, question])
+            messages = [*self._history, question]
+            size = sum(len(message.text) for message in messages)
+            order = await self._intake.prepared(size, partial(self._order, turn, messages))
             answer = await self._run(turn, order)
         except Cancelled:
             if self._failure is not None:
@@ -173,13 +182,13 @@ class Conversation:
     async def _run(self, turn: _Turn, order: Order) -> str:
         """Write the events of a turn's generation and return its answer."""
         texts: list[str] = []
-        async with self._served.running(order, self._context.time_remaining()) as (mailbox, handle):
-            turn.handle = handle
+        async with self._intake.running(order, self._context.time_remaining()) as running:
+            turn.handle = running.handle
             if turn.cancelled or self._failure is not None:  # while it was prepared
-                handle.cancel()
+                running.handle.cancel()
             event: Event | None = None
             while not isinstance(event, Finished):
-                event = await mailbox.get()
+                event = await running.next()
                 if isinstance(event, Committed):
                     texts.append(event.text)
                 await self._write(turn, event_proto(event, order.draft_interval))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import TypeAlias
 
 import grpc
 
 from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc
 from runtime.events import Finished
-from service.calls import Calls
 from service.conversation import Conversation
+from service.intake import Intake
 from service.mapping import event_proto
-from service.served import Order, Served
+from service.served import Order
 
 GenerateContext: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]"
 ConverseContext: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]"
@@ -25,19 +25,19 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     The streams are coroutines that write (see `service.interceptor`), where the generated types expect generators.
     """
 
-    def __init__(self, served: Served, calls: Calls) -> None:
-        self._served, self._calls = served, calls
+    def __init__(self, intake: Intake) -> None:
+        self._intake, self._served = intake, intake.served
 
     async def Generate(  # type: ignore[override]  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: GenerateContext
     ) -> None:
         """Writes the events of one generation."""
-        with self._calls.enter():
-            order = await asyncio.to_thread(self._order, request)
-            async with self._served.running(order, context.time_remaining()) as (mailbox, _):
+        with self._intake.enter():
+            order = await self._intake.prepared(request.ByteSize(), partial(self._order, request))
+            async with self._intake.running(order, context.time_remaining()) as running:
                 number, event = 0, None
                 while not isinstance(event, Finished):
-                    event = await mailbox.get()
+                    event = await running.next()
                     fields = event_proto(event, order.draft_interval)
                     await context.write(generation_pb2.GenerateResponse(sequence_number=number, **fields))
                     number += 1
@@ -46,15 +46,16 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, requests: AsyncIterator[generation_pb2.ConverseRequest], context: ConverseContext
     ) -> None:
         """Writes the events of a conversation's turns."""
-        await Conversation(self._served, self._calls, context).hold(requests)
+        await Conversation(self._intake, context).hold(requests)
 
     async def CountTokens(  # noqa: N802
         self, request: generation_pb2.CountTokensRequest, context: object
     ) -> generation_pb2.CountTokensResponse:
         """Counts a prompt's tokens."""
-        self._served.check_model(request.model)
-        ids = await asyncio.to_thread(self._served.prompt_ids, request)
-        return generation_pb2.CountTokensResponse(token_count=len(ids))
+        with self._intake.enter():
+            self._served.check_model(request.model)
+            ids = await self._intake.prepared(request.ByteSize(), partial(self._served.prompt_ids, request))
+            return generation_pb2.CountTokensResponse(token_count=len(ids))
 
     def _order(self, request: generation_pb2.GenerateRequest) -> Order:
         """The request checked and rendered: tokenising a long prompt takes a while, so not on the event loop."""

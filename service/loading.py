@@ -18,7 +18,7 @@ from runtime.runner import Runner
 from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
 from service.served import Served
-from service.server import MAX_MESSAGE_BYTES
+from service.transport import MAX_MESSAGE_BYTES
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,19 @@ class Settings:
     """Requests in the queue."""
     min_draft_interval: float
     """Seconds between two drafts at least, whatever a request asks for."""
+    verify_checksums: bool = True
+    """Whether the bundle's files are compared with its manifest first."""
 
 
 def load(settings: Settings) -> Served:
     """Load a bundle and run one short generation, so that the first request finds everything allocated.
 
     Raises:
-        BundleError: the bundle cannot be loaded, or its first generation fails.
+        BundleError: the bundle cannot be loaded, differs from its manifest, or its first generation fails.
     """
     bundle = Bundle(settings.bundle)
+    if settings.verify_checksums:
+        bundle.verify_checksums()
     manifest = bundle.manifest
     vocabulary = Vocabulary.load(bundle)
     prompts = PromptBuilder(bundle, vocabulary)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffusiongemma.v1 import model_pb2, model_pb2_grpc
 from runtime.request import MAX_DENOISING_STEPS, MAX_STOP_STRING_LENGTH, MAX_STOP_STRINGS
+from service.intake import Intake
 from service.mapping import defaults_proto, duration_proto
 from service.served import Served
 
@@ -11,14 +12,14 @@ from service.served import Served
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     """The methods of `diffusiongemma.v1.ModelService`; what they raise is told by the interceptor."""
 
-    def __init__(self, served: Served) -> None:
-        self._served = served
-        self._model = _model_proto(served)
+    def __init__(self, intake: Intake) -> None:
+        self._intake, self._model = intake, _model_proto(intake.served)
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: object) -> model_pb2.GetModelResponse:  # noqa: N802
         """Tells the served model."""
-        self._served.check_model(request.model)
-        return model_pb2.GetModelResponse(model=self._model)
+        with self._intake.enter():
+            self._intake.served.check_model(request.model)
+            return model_pb2.GetModelResponse(model=self._model)
 
 
 def _model_proto(served: Served) -> model_pb2.Model:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,11 +12,10 @@ from numpy.typing import NDArray
 
 from diffusiongemma.v1 import generation_pb2, options_pb2
 from runtime.bundle import GenerationDefaults, ModelFacts
-from runtime.errors import DeadlineTooShort, InvalidRequest, ModelNotFound, UnsupportedRequest, Violation
+from runtime.errors import InvalidRequest, ModelNotFound, UnsupportedRequest, Violation
 from runtime.prompt import Message
 from runtime.request import GenerationRequest, output_room
-from runtime.runner import Handle, Runner
-from service.mailbox import Mailbox
+from runtime.runner import Runner
 from service.mapping import draft_interval_of, messages_of, overrides_of
 
 
@@ -76,6 +74,16 @@ class Served:
                 return self.prompts.token_ids(request.token_ids.ids, field="token_ids.ids")
         raise InvalidRequest(Violation("prompt", "is missing; give conversation or token_ids"))
 
+    def check_options(self, options: options_pb2.GenerationOptions, field: str) -> None:
+        """Look whether the options could serve the shortest of prompts.
+
+        Raises:
+            InvalidRequest: a setting is wrong; named below `field`.
+        """
+        with below(field):
+            draft_interval_of(options, self.min_draft_interval)
+            overrides_of(options).resolve(self.defaults, output_room(self.facts, prompt_tokens=1))
+
     def order(
         self, prompt_ids: NDArray[np.int64], options: options_pb2.GenerationOptions, field: str, options_field: str
     ) -> Order:
@@ -90,24 +98,6 @@ class Served:
             sampling = overrides_of(options).resolve(self.defaults, room)
         return Order(GenerationRequest(self.facts.name, prompt_ids, sampling, interval is not None), interval)
 
-    @asynccontextmanager
-    async def running(self, order: Order, time_remaining: float | None) -> AsyncIterator[tuple[Mailbox, Handle]]:
-        """Submits the order for the time of the block; however the block is left, the engine is free a step later.
-
-        Args:
-            order: what to run.
-            time_remaining: seconds until the call's deadline; None where it has none.
-
-        Raises:
-            QueueFull, Draining, DeadlineTooShort, InvalidRequest: it cannot be run.
-        """
-        mailbox = Mailbox(order.draft_interval)
-        handle = self.runner.submit(order.request, mailbox, _deadline(time_remaining))
-        try:
-            yield mailbox, handle
-        finally:
-            handle.cancel()
-
 
 @contextmanager
 def below(field: str) -> Iterator[None]:
@@ -119,12 +109,3 @@ def below(field: str) -> Iterator[None]:
         raise InvalidRequest(*moved) from error
     except UnsupportedRequest as error:
         raise UnsupportedRequest(f"{field}.{error.field}", error.description) from error
-
-
-def _deadline(time_remaining: float | None) -> float | None:
-    """The deadline on the monotonic clock."""
-    if time_remaining is None:
-        return None
-    if time_remaining <= 0:
-        raise DeadlineTooShort("the deadline passed before the request could be queued; set a later one")
-    return time.monotonic() + time_remaining

@@ -56,7 +56,14 @@ from service.cli.options import DEFAULT_ADDRESS, Seconds
     type=Seconds(),
     default=30.0,
     show_default=True,
-    help="Seconds that open requests have to end after SIGTERM or SIGINT; the rest then end with UNAVAILABLE.",
+    help="Seconds that open requests have to end after SIGTERM or SIGINT; the rest then end with UNAVAILABLE. "
+    "A second signal ends them at once.",
+)
+@click.option(
+    "--verify-checksums/--no-verify-checksums",
+    default=True,
+    show_default=True,
+    help="Read the whole bundle first and compare it with its manifest; a second or so for each gigabyte.",
 )
 @click.option(
     "--log-level",
@@ -73,6 +80,7 @@ def command(
     max_waiting: int,
     min_draft_interval: float,
     grace: float,
+    verify_checksums: bool,
     log_level: str,
 ) -> None:
     """Serve BUNDLE, a directory that `dgemma export` wrote, over gRPC.
@@ -82,11 +90,11 @@ def command(
     """
     # Imported here: the engine takes longer to load than `--help` should.
     from service import logs
+    from service.lifetime import serve
     from service.loading import Settings, load
-    from service.server import serve
 
     logs.configure(log_level)
-    settings = Settings(bundle, threads, max_active, max_waiting, min_draft_interval)
+    settings = Settings(bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums)
     asyncio.run(serve(address, partial(load, settings), grace, announce))
 
 

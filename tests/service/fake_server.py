@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import service.served
+import service.intake
 from service import logs
+from service.lifetime import serve
 from service.served import Served
-from service.server import serve
 from tests.service.support import PacedMailbox, make_served
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     options: dict[str, Any] = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
     logs.configure("info")
     if options.get("paced"):
-        service.served.Mailbox = PacedMailbox  # type: ignore[misc]
+        service.intake.Mailbox = PacedMailbox  # type: ignore[misc]
 
     def load() -> Served:
         engine, served = make_served(directory, options.get("answers", {}))

@@ -19,7 +19,7 @@ LONG = "the quick brown fox jumps over the lazy dog, and then it does so again a
 
 @pytest.fixture(autouse=True)
 def _every_draft_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.served.Mailbox", PacedMailbox)
+    monkeypatch.setattr("service.intake.Mailbox", PacedMailbox)
 
 
 Options = options_pb2.GenerationOptions

@@ -13,7 +13,7 @@ import pytest
 
 from diffusiongemma.v1 import generation_pb2, model_pb2, options_pb2, prompt_pb2
 from runtime.scheduler import Limits
-from service.server import HARD_MESSAGE_BYTES, MAX_MESSAGE_BYTES
+from service.transport import HARD_MESSAGE_BYTES, MAX_MESSAGE_BYTES
 from tests.service.support import Harness, failure_of, finished, message, reached, request, serving, until_failure
 
 Request = generation_pb2.GenerateRequest

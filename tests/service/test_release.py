@@ -116,7 +116,7 @@ async def test_a_handler_blocked_by_a_slow_reader_notices(
         mailboxes.append(Mailbox(interval))
         return mailboxes[-1]
 
-    monkeypatch.setattr("service.served.Mailbox", remember)
+    monkeypatch.setattr("service.intake.Mailbox", remember)
     options: dict[str, Any] = {"facts": WIDE, "pool": WIDE_POOL, "channel_options": SMALL_WINDOWS}
     async with serving(tmp_path, {"go": "long answer " * 850}, **options) as harness:
         with harness.engine.hold("denoise", 100) as gate:  # block 25 of 40

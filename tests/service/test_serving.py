@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from diffusiongemma.v1 import generation_pb2, model_pb2
 from runtime.engines.fake import FACTS
 from service.interceptor import StatusInterceptor
-from service.server import MAX_MESSAGE_BYTES, SERVICES
+from service.server import SERVICES
+from service.transport import MAX_MESSAGE_BYTES
 from tests.service.support import CONTROL, DEFAULTS, END, failure_of, finished, message, request, serving
 
 
