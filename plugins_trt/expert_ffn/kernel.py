@@ -16,9 +16,10 @@ from plugins_trt.expert_ffn.products import (
     down_product,
     gate_up_product,
     quantize_rows,
-    sum_partials,
+    sum_parts,
 )
-from plugins_trt.expert_ffn.tiles import Tiles, choose_tiles, shared_memory_of, weight_tiles
+from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles, weight_tiles
+from plugins_trt.gpu import gpu_of
 
 
 def expert_ffn(
@@ -36,7 +37,7 @@ def expert_ffn(
     the same bits whatever the other tokens are, as long as their number chooses the same tiles.
 
     Args:
-        x: token states, `[T, H]`, contiguous like all tensors here.
+        x: token states, `[T, H]`.
         expert_ids: `[T, K]` int64.
         expert_weights: `[T, K]`.
         gate_up: gate rows first, then up rows, `[E, 2I, H]`, in the dtype of `x`.
@@ -46,7 +47,7 @@ def expert_ffn(
     Returns:
         `[T, H]` in the dtype of `x`.
     """
-    return _mixture(x, expert_ids, expert_weights, _Weights(gate_up, None, down, None), tiles, dynamic=False)
+    return mixture(x, expert_ids, expert_weights, ExpertWeights(gate_up, None, down, None), tiles)
 
 
 def expert_ffn_fp8(
@@ -64,7 +65,7 @@ def expert_ffn_fp8(
     """`expert_ffn` with weights in float8_e4m3fn and a scale for each of their rows.
 
     Args:
-        x: token states, `[T, H]`, contiguous like all tensors here.
+        x: token states, `[T, H]`.
         expert_ids: `[T, K]` int64.
         expert_weights: `[T, K]`.
         gate_up: `[E, 2I, H]` float8_e4m3fn.
@@ -78,76 +79,81 @@ def expert_ffn_fp8(
     Returns:
         `[T, H]` in the dtype of `x`.
     """
-    weights = _Weights(gate_up, gate_up_scale, down, down_scale)
-    return _mixture(x, expert_ids, expert_weights, weights, tiles, dynamic=dynamic_activations)
+    weights = ExpertWeights(gate_up, gate_up_scale, down, down_scale, dynamic_activations)
+    return mixture(x, expert_ids, expert_weights, weights, tiles)
 
 
 @dataclass(frozen=True)
-class _Weights:
+class ExpertWeights:
+    """One layer's experts: both matrices in one encoding, with scales where it has any."""
+
     gate_up: Tensor
     gate_up_scale: Tensor | None
     down: Tensor
     down_scale: Tensor | None
+    dynamic_activations: bool = False
 
-    def encoding(self, dynamic: bool) -> int:
+    @property
+    def encoding(self) -> int:
+        """How the products read the weights, as `products.py` names it."""
         if self.gate_up_scale is None:
             return int(WIDE.value)
-        return int((E4M3_DOT if dynamic else E4M3_BITS).value)
+        return int((E4M3_DOT if self.dynamic_activations else E4M3_BITS).value)
 
 
-def _mixture(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, weights: _Weights, tiles: Tiles | None, *, dynamic: bool
+def mixture(
+    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, weights: ExpertWeights, tiles: Tiles | None
 ) -> Tensor:
+    """`expert_ffn` for weights of any encoding."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    experts = weights.down.shape[0]
-    tiles = tiles or choose_tiles(expert_ids.numel() / experts, x.element_size(), shared_memory_of(x.device))
-    plan = dispatch(expert_ids, experts, tiles.block_rows)
-    hidden = _gate_up(x, plan, weights, tiles, expert_ids.shape[1], dynamic)
-    partial = _down(hidden, plan, weights, tiles, expert_weights, dynamic)
-    return _sum(partial, expert_ids.shape[1])
+    experts, top_k = weights.down.shape[0], expert_ids.shape[1]
+    tiles = tiles or choose_tiles(expert_ids.numel() / experts, x.element_size(), gpu_of(x.device))
+    plan = dispatch(expert_ids.contiguous(), experts, tiles.block_rows)
+    hidden = gated_states(x.contiguous(), plan, weights, tiles.gate_up, top_k)
+    parts = weighted_parts(hidden, plan, weights, tiles.down, expert_weights.contiguous())
+    return sum_of_parts(parts, top_k)
 
 
-def _gate_up(x: Tensor, plan: DispatchPlan, weights: _Weights, tiles: Tiles, top_k: int, dynamic: bool) -> Tensor:
-    """Hidden states in the plan's order, `[blocks * block_rows, I]`."""
+def gated_states(x: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, top_k: int) -> Tensor:
+    """`gelu_tanh(gate(x)) * up(x)` of every pair, `[blocks * block_rows, I]` in the plan's order."""
     hidden_size, intermediate = weights.down.shape[1:]
-    product, encoding = tiles.gate_up, weights.encoding(dynamic)
-    states, scale = _quantized(x, None) if dynamic else (x, None)
+    states, scale = _quantized(x, None) if weights.dynamic_activations else (x, None)
     hidden = torch.empty(plan.rows.numel(), intermediate, dtype=x.dtype, device=x.device)
     gate_up_product[(plan.blocks * weight_tiles(intermediate, product),)](
-        states, scale, plan.rows, plan.block_expert, _stored(weights.gate_up, encoding), weights.gate_up_scale, hidden,
-        plan.pairs, hidden_size, intermediate, top_k, encoding,
-        tiles.block_rows, product.weight_rows, product.depth, num_warps=product.warps, num_stages=product.stages,
+        states, scale, plan.rows, plan.block_expert, _stored(weights.gate_up, weights), weights.gate_up_scale, hidden,
+        plan.pairs, hidden_size, intermediate, top_k, weights.encoding,
+        plan.rows.shape[1], product.weight_rows, product.depth, num_warps=product.warps, num_stages=product.stages,
     )  # fmt: skip
     return hidden
 
 
-def _down(
-    hidden: Tensor, plan: DispatchPlan, weights: _Weights, tiles: Tiles, expert_weights: Tensor, dynamic: bool
+def weighted_parts(
+    hidden: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, expert_weights: Tensor
 ) -> Tensor:
-    """Each pair's weighted part of the result, `[pairs, H]`."""
+    """`weight * down(hidden)` of every pair, `[pairs, H]` in the order of the pairs."""
     hidden_size, intermediate = weights.down.shape[1:]
-    product, encoding = tiles.down, weights.encoding(dynamic)
-    states, scale = _quantized(hidden, plan) if dynamic else (hidden, None)
-    partial = torch.empty(plan.pairs, hidden_size, dtype=hidden.dtype, device=hidden.device)
+    states, scale = _quantized(hidden, plan) if weights.dynamic_activations else (hidden, None)
+    parts = torch.empty(plan.pairs, hidden_size, dtype=hidden.dtype, device=hidden.device)
     down_product[(plan.blocks * weight_tiles(hidden_size, product),)](
-        states, scale, plan.rows, plan.block_expert, _stored(weights.down, encoding), weights.down_scale,
-        expert_weights, partial, plan.pairs, hidden_size, intermediate, encoding,
-        tiles.block_rows, product.weight_rows, product.depth, num_warps=product.warps, num_stages=product.stages,
+        states, scale, plan.rows, plan.block_expert, _stored(weights.down, weights), weights.down_scale,
+        expert_weights, parts, plan.pairs, hidden_size, intermediate, weights.encoding,
+        plan.rows.shape[1], product.weight_rows, product.depth, num_warps=product.warps, num_stages=product.stages,
     )  # fmt: skip
-    return partial
+    return parts
 
 
-def _sum(partial: Tensor, top_k: int) -> Tensor:
-    tokens, hidden_size = partial.shape[0] // top_k, partial.shape[1]
-    output = torch.empty(tokens, hidden_size, dtype=partial.dtype, device=partial.device)
+def sum_of_parts(parts: Tensor, top_k: int) -> Tensor:
+    """Sum over each token's pairs, `[T, H]`."""
+    tokens, hidden_size = parts.shape[0] // top_k, parts.shape[1]
+    output = torch.empty(tokens, hidden_size, dtype=parts.dtype, device=parts.device)
     width = min(triton.next_power_of_2(hidden_size), 1024)
-    sum_partials[(tokens, triton.cdiv(hidden_size, width))](partial, output, hidden_size, top_k, width, num_warps=4)
+    sum_parts[(tokens, triton.cdiv(hidden_size, width))](parts, output, hidden_size, top_k, width, num_warps=4)
     return output
 
 
-def _stored(weights: Tensor, encoding: int) -> Tensor:
-    return weights.view(torch.uint8) if encoding == E4M3_BITS.value else weights
+def _stored(matrices: Tensor, weights: ExpertWeights) -> Tensor:
+    return matrices.view(torch.uint8) if weights.encoding == E4M3_BITS.value else matrices
 
 
 def _quantized(states: Tensor, plan: DispatchPlan | None) -> tuple[Tensor, Tensor]:

@@ -26,15 +26,18 @@ TWO_TO_120 = tl.constexpr(2.0**120)
 
 
 @triton.jit
-def decode_e4m3(bits, DTYPE: tl.constexpr):
-    """Exact value of float8_e4m3fn bits: sign and the other seven bits moved into place, then the exponents' bias
-    mended by a product, which also serves the subnormal numbers. Works where the GPU knows no float8."""
-    if DTYPE == tl.float32:
+def decode_e4m3(bits, like):
+    """Exact value of float8_e4m3fn bits in the dtype of `like`.
+
+    Sign and the other seven bits are moved into place, then the exponents' bias is mended by a product, which also
+    serves the subnormal numbers. Works where the GPU knows no float8.
+    """
+    if like.dtype == tl.float32:
         word = bits.to(tl.uint32)
         weights = (((word & 0x80) << 24) | ((word & 0x7F) << 20)).to(tl.float32, bitcast=True) * TWO_TO_120
     else:
         half = bits.to(tl.uint16)
-        if DTYPE == tl.float16:
+        if like.dtype == tl.float16:
             weights = (((half & 0x80) << 8) | ((half & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
         else:
             weights = (((half & 0x80) << 8) | ((half & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * TWO_TO_120
@@ -45,11 +48,11 @@ def decode_e4m3(bits, DTYPE: tl.constexpr):
 def multiply(weights, states, sums, ENCODING: tl.constexpr):
     """`sums + weights @ states` with float32 sums, `weights [R, D]` in their encoding, `states [D, B]`."""
     if ENCODING == E4M3_BITS:
-        weights = decode_e4m3(weights, states.dtype)
+        weights = decode_e4m3(weights, states)
     return tl.dot(weights, states, sums, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def gate_up_product(
     X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, pairs,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ENCODING: tl.constexpr,
@@ -103,13 +106,13 @@ def gate_up_product(
     tl.store(place, hidden.to(HIDDEN.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def down_product(
-    HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTIAL, pairs,
+    HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, ENCODING: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """`PARTIAL[pair] = expert_weight * (down @ HIDDEN[row])` for a block of rows, in the order of the pairs."""
+    """`PARTS[pair] = expert_weight * (down @ HIDDEN[row])` for a block of rows, in the order of the pairs."""
     tiles: tl.constexpr = (HIDDEN_SIZE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     block = tl.program_id(0) // tiles
     expert = tl.load(BLOCK_EXPERT + block)
@@ -141,28 +144,28 @@ def down_product(
     sums *= factor[None, :]
     if ENCODING != WIDE:
         sums *= tl.load(DOWN_SCALE + expert * HIDDEN_SIZE + readable)[:, None]
-    place = PARTIAL + pair.to(tl.int64)[None, :] * HIDDEN_SIZE + channel[:, None]
-    tl.store(place, sums.to(PARTIAL.dtype.element_ty), mask=stored[None, :] & (channel < HIDDEN_SIZE)[:, None])
+    place = PARTS + pair.to(tl.int64)[None, :] * HIDDEN_SIZE + channel[:, None]
+    tl.store(place, sums.to(PARTS.dtype.element_ty), mask=stored[None, :] & (channel < HIDDEN_SIZE)[:, None])
 
 
 @triton.jit
-def sum_partials(PARTIAL, OUTPUT, HIDDEN_SIZE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+def sum_parts(PARTS, OUTPUT, HIDDEN_SIZE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
     """`OUTPUT[token]` is the sum of its experts' parts, always in the order of its choices."""
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < HIDDEN_SIZE
     token = tl.program_id(0).to(tl.int64)
     total = tl.zeros([WIDTH], tl.float32)
     for choice in tl.static_range(TOP_K):
-        place = PARTIAL + (token * TOP_K + choice) * HIDDEN_SIZE + column
+        place = PARTS + (token * TOP_K + choice) * HIDDEN_SIZE + column
         total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUTPUT + token * HIDDEN_SIZE + column, total.to(OUTPUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def quantize_rows(STATES, CODES, SCALE, ROWS, pairs, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """One row to float8_e4m3fn with its own scale, absmax / 448; rows that pad a dispatch plan stay as they are."""
     row = tl.program_id(0).to(tl.int64)
-    if ROWS is not None:
+    if ROWS is not None:  # noqa: SIM102 (known when compiled, the load is not)
         if tl.load(ROWS + row) >= pairs:
             return
     column = tl.arange(0, PADDED)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
+
+from plugins_trt.gpu import Gpu
 
 
 @dataclass(frozen=True)
@@ -32,36 +33,27 @@ class Tiles:
 
 
 # Narrow blocks serve decoding, where an expert has few rows and reading its weights is all the work; wide ones serve
-# prefill and many canvases, where the matrix units are. Few stages fit 99 KB of shared memory (sm_89, sm_120).
+# prefill and many canvases, where the matrix units are.
 _NARROW = Tiles(32, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
 _MIDDLE = Tiles(64, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
 _WIDE = Tiles(128, Product(64, 64, 8, 4), Product(128, 64, 8, 4))
 _SMALL = Tiles(32, Product(32, 32, 4, 2), Product(64, 32, 4, 2))
-
-_NEEDED = 160 << 10
-"""Shared memory that the table's larger tiles were chosen for, in bytes a block."""
+"""For GPUs of 99 KB of shared memory a block, and for float32."""
 
 
-def choose_tiles(rows_per_expert: float, element_size: int, shared_memory: int) -> Tiles:
+def choose_tiles(rows_per_expert: float, element_size: int, gpu: Gpu) -> Tiles:
     """Tiles for experts of `rows_per_expert` token rows on average.
 
     Args:
         rows_per_expert: `T * K / E`.
         element_size: bytes of an activation.
-        shared_memory: bytes that one block may have on the device, as from `shared_memory_of`.
+        gpu: where they run.
     """
-    if element_size > 2 or shared_memory < _NEEDED:
+    if element_size > 2 or not gpu.is_large:
         return _SMALL
     if rows_per_expert <= 24:
         return _NARROW
     return _MIDDLE if rows_per_expert <= 64 else _WIDE
-
-
-def shared_memory_of(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have; 0 where the device is no GPU, as in Triton's interpreter."""
-    if device.type != "cuda":
-        return 0
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def weight_tiles(rows: int, product: Product) -> int:

@@ -15,7 +15,7 @@ def expert_routing(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tupl
     softmax is taken over the chosen logits alone: its shares are those of a softmax over all experts, renormalised.
 
     Args:
-        logits: router logits, `[T, E]`, contiguous.
+        logits: router logits, `[T, E]`.
         per_expert_scale: learned factor of each expert's weight, `[E]`.
         top_k: experts per token, `1 <= top_k <= E`.
 
@@ -27,7 +27,7 @@ def expert_routing(logits: Tensor, per_expert_scale: Tensor, top_k: int) -> tupl
     expert_weights = torch.empty(tokens, top_k, dtype=logits.dtype, device=logits.device)
     if tokens:
         route[(tokens,)](
-            logits, per_expert_scale, expert_ids, expert_weights, experts, top_k,
+            logits.contiguous(), per_expert_scale, expert_ids, expert_weights, experts, top_k,
             triton.next_power_of_2(experts), triton.next_power_of_2(top_k), num_warps=1,
         )  # fmt: skip
     return expert_ids, expert_weights
