@@ -49,14 +49,15 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bo
     Returns:
         `[..., N]` in the dtype of `x`.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    tile = choose_tile(rows.shape[0], *weight.shape, dynamic_activations)
+    channels, depth = weight.shape
+    rows = x.reshape(-1, depth)
+    tile = choose_tile(rows.shape[0], channels, depth, dynamic_activations)
     if dynamic_activations:
         codes, row_scale = quantize_rows(rows)
         product = multiply(codes, row_scale, weight, scale, x.dtype, tile)
     else:
         product = multiply(rows, None, weight, scale, x.dtype, tile)
-    return product.view(*x.shape[:-1], weight.shape[0])
+    return product.view(*x.shape[:-1], channels)
 
 
 def choose_tile(rows: int, channels: int, depth: int, dynamic_activations: bool) -> Tile:

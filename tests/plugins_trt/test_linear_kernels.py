@@ -20,7 +20,7 @@ def operands(shape: tuple[int, ...], channels: int, dtype: torch.dtype, seed: in
     """`x`, codes and scales of a layer."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator).to(dtype)
-    weight = (torch.randn(channels, shape[-1], generator=generator) * 100).to(FP8)
+    weight = (torch.randn(channels, shape[-1], generator=generator) * 50).to(FP8)
     return x, weight, torch.rand(channels, generator=generator) + 0.5
 
 

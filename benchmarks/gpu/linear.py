@@ -1,0 +1,229 @@
+"""The FP8 linear layer on one GPU: `python -m benchmarks.gpu.linear`.
+
+Every product of the released model's dense layers, as it is and with the products of one input joined (query, key and
+value; gate and up), at the rows of one canvas and of eight. Compared: PyTorch's bfloat16 product, PyTorch's scaled
+8-bit product, and this project's kernel in both variants over several tiles. Calls rotate over copies of the weight
+that together exceed the L2 cache several times, are recorded in one CUDA graph, and are timed with CUDA events.
+`--check` compares with the reference in float32 instead.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+import triton
+from torch import Tensor
+
+from benchmarks.gpu.timing import copy_bandwidth, graph_seconds, matrix_rate
+from plugins_trt.quantized_linear import kernel, reference
+from plugins_trt.quantized_linear.kernel import Tile
+
+SHAPES = {
+    "sliding query": (4096, 2816),
+    "sliding key": (2048, 2816),
+    "sliding query, key, value": (8192, 2816),
+    "sliding output": (2816, 4096),
+    "full query": (8192, 2816),
+    "full key": (1024, 2816),
+    "full query, key": (9216, 2816),
+    "full output": (2816, 8192),
+    "gate": (2112, 2816),
+    "gate, up": (4224, 2816),
+    "down": (2816, 2112),
+}
+"""Channels and depth of each product."""
+CHECKED = ("sliding query", "full key", "full output", "down")
+ROWS = (256, 2048)
+ROTATED_BYTES = 400 << 20
+"""Of weight copies together, several times an H200's L2 cache of 50 MB."""
+TILES = {
+    True: [
+        Tile(128, 64, 128, 1, 4, 4),
+        Tile(64, 64, 128, 1, 4, 4),
+        Tile(128, 64, 128, 2, 4, 4),
+        Tile(64, 128, 128, 1, 4, 4),
+        Tile(64, 128, 128, 2, 4, 4),
+        Tile(128, 128, 128, 1, 8, 3),
+        Tile(128, 128, 128, 2, 8, 3),
+        Tile(64, 64, 256, 1, 4, 3),
+        Tile(128, 128, 128, 1, 4, 3),
+    ],
+    False: [
+        Tile(128, 64, 64, 1, 4, 4),
+        Tile(64, 64, 64, 1, 4, 4),
+        Tile(64, 128, 64, 2, 4, 4),
+        Tile(64, 256, 64, 2, 4, 2),
+        Tile(128, 128, 64, 2, 8, 3),
+        Tile(128, 128, 64, 1, 8, 3),
+        Tile(64, 128, 64, 1, 4, 4),
+        Tile(128, 256, 64, 4, 8, 2),
+    ],
+}
+"""Candidates by whether the activations are 8-bit floats too."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One timed product."""
+
+    shape: str
+    rows: int
+    variant: str
+    microseconds: float
+    floor: float
+    """Microseconds that reading the weight, or doing the products, takes at the measured rates."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the device reaches, measured in this run."""
+
+    bytes_per_second: float
+    bf16: float
+    """Operations a second of a large bfloat16 product."""
+    fp8: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's operands: copies of the weight in both formats, and the activations in both."""
+
+    x: Tensor
+    wide: list[Tensor]
+    codes: list[Tensor]
+    scale: Tensor
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Compare with the reference in float32, time nothing.")
+@click.option("--seconds", default=40.0, show_default=True, help="No further product is timed after this long.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write every timing to this file as JSON.")
+def main(check: bool, seconds: float, out: Path | None) -> None:
+    """Check or time the FP8 linear layer at the released model's shapes."""
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device here")
+    click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    if check:
+        check_all()
+        return
+    end = time.monotonic() + seconds
+    rates = measure_rates()
+    click.echo(
+        f"copy {rates.bytes_per_second / 1e12:.2f} TB/s, products: bfloat16 {rates.bf16 / 1e12:.0f} TFLOP/s, "
+        f"8-bit {rates.fp8 / 1e12:.0f} TFLOP/s"
+    )
+    timings: list[Timing] = []
+    for rows in ROWS:
+        for shape in SHAPES:
+            if time.monotonic() > end:
+                click.echo(f"{shape}, {rows} rows: not timed, {seconds:g} s are over")
+                continue
+            timings += time_shape(shape, rows, rates)
+    if out is not None:
+        out.write_text(json.dumps({"rates": asdict(rates), "timings": [asdict(row) for row in timings]}, indent=2))
+
+
+def check_all() -> None:
+    """Print each variant's error against the reference in float32, relative to the result's root mean square."""
+    for shape in CHECKED:
+        for rows in (1, *ROWS):
+            layer = make_layer(*SHAPES[shape], rows, copies=1)
+            for dynamic in (False, True):
+                expected = reference.linear_fp8(layer.x.float(), layer.codes[0], layer.scale, dynamic)
+                actual = kernel.linear_fp8(layer.x, layer.codes[0], layer.scale, dynamic).float()
+                error = ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+                # The result's own rounding to bfloat16 is off by 2^-9 at most and by 2^-9 / sqrt(3) on average.
+                verdict = "ok" if error <= 2.0**-9 else "WRONG"
+                variant = "8-bit activations" if dynamic else "weight-only"
+                click.echo(f"{shape}, {rows} rows, {variant}: relative error {error:.2e} {verdict}")
+
+
+def make_layer(channels: int, depth: int, rows: int, copies: int | None = None) -> Layer:
+    """Random operands on the device."""
+    device = torch.device("cuda")
+    copies = copies or max(2, ROTATED_BYTES // (channels * depth))
+    x = torch.randn(rows, depth, device=device, dtype=torch.bfloat16)
+    wide = [torch.randn(channels, depth, device=device, dtype=torch.bfloat16) for _ in range(copies)]
+    codes = [(weight * 50).to(torch.float8_e4m3fn) for weight in wide]
+    return Layer(x, wide, codes, torch.rand(channels, device=device) / 100)
+
+
+def time_shape(shape: str, rows: int, rates: Rates) -> list[Timing]:
+    """Time every variant of one product and print a line each, the fastest tile first."""
+    channels, depth = SHAPES[shape]
+    layer = make_layer(channels, depth, rows)
+    operations = 2 * rows * channels * depth
+    timings = []
+    for variant, run in variants(layer):
+        stored = channels * depth * (2 if "bfloat16" in variant else 1)
+        rate = rates.bf16 if "bfloat16" in variant or "weight-only" in variant else rates.fp8
+        floor = max(stored / rates.bytes_per_second, operations / rate) * 1e6
+        try:
+            microseconds = graph_seconds([partial(run, i) for i in range(len(layer.codes))]) * 1e6
+        except Exception as error:
+            click.echo(f"{shape}, {rows} rows, {variant}: failed: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        timings.append(Timing(shape, rows, variant, microseconds, floor))
+    for timing in sorted(timings, key=lambda timing: timing.microseconds):
+        rate = operations / timing.microseconds / 1e6
+        click.echo(
+            f"{shape}, {rows} rows: {timing.microseconds:6.2f} us, floor {timing.floor:5.2f}, {rate:4.0f} TFLOP/s, "
+            f"{timing.variant}"
+        )
+    return timings
+
+
+def variants(layer: Layer) -> Iterator[tuple[str, Callable[[int], object]]]:
+    """Name of each variant and what runs it on copy `i`."""
+    x, wide, codes, scale = layer.x, layer.wide, layer.codes, layer.scale
+    x_codes, x_scale = kernel.quantize_rows(x)
+    yield "torch bfloat16", lambda i: x @ wide[i].T
+    yield (
+        "torch scaled 8-bit, activations quantised before",
+        lambda i: scaled_mm(x_codes, x_scale, codes[i], scale),
+    )
+    yield "quantising the activations alone", lambda i: kernel.quantize_rows(x)
+    yield "kernel as chosen, 8-bit", lambda i: kernel.linear_fp8(x, codes[i], scale, True)
+    yield "kernel as chosen, weight-only", lambda i: kernel.linear_fp8(x, codes[i], scale, False)
+    for tile in TILES[True]:
+        yield f"8-bit {tile}", partial(multiply, x_codes, x_scale, layer, tile)
+    for tile in TILES[False]:
+        yield f"weight-only {tile}", partial(multiply, x, None, layer, tile)
+
+
+def multiply(x: Tensor, x_scale: Tensor | None, layer: Layer, tile: Tile, copy: int) -> Tensor:
+    """The kernel's product alone, by one tile."""
+    return kernel.multiply(x, x_scale, layer.codes[copy], layer.scale, layer.x.dtype, tile)
+
+
+def scaled_mm(x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """PyTorch's own product of 8-bit floats with a scale a row and a channel."""
+    product: Tensor = torch._scaled_mm(
+        x_codes,
+        codes.T,
+        scale_a=x_scale[:, None],
+        scale_b=scale[None, :],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return product
+
+
+def measure_rates() -> Rates:
+    """The device's copy bandwidth and matrix rates on random data."""
+    size = 8192
+    codes = torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn)
+    ones = torch.ones(size, device="cuda")
+    fp8 = 2 * size**3 / graph_seconds([lambda: scaled_mm(codes, ones, codes, ones)] * 4)
+    return Rates(copy_bandwidth(), matrix_rate(), fp8)
+
+
+if __name__ == "__main__":
+    main()
