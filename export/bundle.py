@@ -14,6 +14,7 @@ import onnx_ir as ir
 from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.onnx_graph import input_names, output_names, trace_step
+from export.program import export_program, write_program
 from export.staging import staged_directory
 from export.verification import verify
 from export.weights import Precision, place, point_to, write_weights
@@ -23,12 +24,14 @@ from runtime.bundle import (
     MANIFEST,
     SCHEMA_VERSION,
     STEP_GRAPH,
+    STEP_PROGRAM,
     TOKENIZER,
     WEIGHTS,
     FileRecord,
     LayerFacts,
     Manifest,
     ModelFacts,
+    TensorRecord,
     Verification,
     sha256,
 )
@@ -47,6 +50,7 @@ def write_bundle(
     out: Path,
     name: str,
     precision: Precision = Precision.FLOAT32,
+    program: bool = False,
     force: bool = False,
     report: Report = lambda stage, share: None,
 ) -> Manifest:
@@ -57,6 +61,7 @@ def write_bundle(
         out: the directory to make.
         name: how clients will name the model.
         precision: of weights and states.
+        program: also write the exported program, for the torch engine.
         force: replace a bundle that is already at `out`.
         report: told the progress.
 
@@ -70,10 +75,16 @@ def write_bundle(
         report("tracing", 0.0)
         graph = trace_step(checkpoint.config, expert_body, precision.torch_dtype)
         report("tracing", 1.0)
-        files = {WEIGHTS: _write_weights(staging, graph, checkpoint, precision, report)}
+        weights, tensors = _write_weights(staging, graph, checkpoint, precision, report)
+        files, program_record = {WEIGHTS: weights}, None
         ir.save(graph, staging / STEP_GRAPH)
         _copy_texts(staging, checkpoint)
-        for file in (STEP_GRAPH, TOKENIZER, CHAT_TEMPLATE):
+        if program:
+            report("exporting the program", 0.0)
+            exported, program_record = export_program(checkpoint.config, precision)
+            write_program(staging / STEP_PROGRAM, exported)
+            report("exporting the program", 1.0)
+        for file in (STEP_GRAPH, STEP_PROGRAM, TOKENIZER, CHAT_TEMPLATE):
             if (staging / file).exists():
                 files[file] = FileRecord(bytes=(staging / file).stat().st_size, sha256=sha256(staging / file))
         report("verifying", 0.0)
@@ -92,6 +103,8 @@ def write_bundle(
             source_sha256=_hash_sources(checkpoint, report),
             exporter={package: importlib.metadata.version(package) for package in _PACKAGES},
             files=files,
+            tensors=tensors,
+            program=program_record,
             verification=verification,
             unverified=unverified,
         )
@@ -131,7 +144,8 @@ def _choose_body(config: ModelConfig) -> ExpertBody:
 
 def _write_weights(
     staging: Path, graph: ir.Model, checkpoint: Checkpoint, precision: Precision, report: Report
-) -> FileRecord:
+) -> tuple[FileRecord, dict[str, TensorRecord]]:
+    """The weights file, and where each tensor lies in it."""
     placements = place(checkpoint.tensors, precision)
     for name, placement in placements.items():
         point_to(graph.graph.initializers[name], placement, WEIGHTS)
@@ -142,7 +156,11 @@ def _write_weights(
         done += count
         report("writing weights", done / total)
 
-    return write_weights(staging / WEIGHTS, checkpoint.tensors, placements, precision, advance)
+    record = write_weights(staging / WEIGHTS, checkpoint.tensors, placements, precision, advance)
+    return record, {
+        name: TensorRecord(placement.offset, precision.value, checkpoint.tensors[name].shape)
+        for name, placement in placements.items()
+    }
 
 
 def _copy_texts(staging: Path, checkpoint: Checkpoint) -> None:

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     help="What weights and states are stored and computed in; ONNX Runtime on a CPU needs float32.",
 )
 @click.option("--name", help="How clients name the model; by default the checkpoint directory's name.")
+@click.option(
+    "--program", is_flag=True, help="Also write the exported program that `dgemma serve --engine torch` runs."
+)
 @click.option("--force", is_flag=True, help="Replace the bundle that is already at OUT.")
-def command(checkpoint: Path, out: Path, precision: str, name: str | None, force: bool) -> None:
+def command(checkpoint: Path, out: Path, precision: str, name: str | None, program: bool, force: bool) -> None:
     """Export CHECKPOINT, a Hugging Face directory, to the bundle directory OUT that `dgemma serve` loads.
 
     The checkpoint needs config.json, tokenizer.json and safetensors files; it is read a few megabytes at a time,
@@ -47,7 +50,9 @@ def command(checkpoint: Path, out: Path, precision: str, name: str | None, force
                 f"skipped {len(opened.skipped)} tensors the text model has no use for, {opened.skipped[0]} first"
             )
         with _progress() as report:
-            manifest = write_bundle(opened, out, name or checkpoint.resolve().name, Precision(precision), force, report)
+            manifest = write_bundle(
+                opened, out, name or checkpoint.resolve().name, Precision(precision), program, force, report
+            )
     except (DgemmaError, OSError) as error:
         raise click.ClickException(str(error)) from error
     _print_summary(manifest, out)

@@ -26,6 +26,8 @@ ROOMS = {"reference", "kernel", "onnx", "tensorrt"}
 """Files of one operation, which stand side by side and never lean on each other."""
 
 HEAVY = ("torch", "triton", "onnx", "onnxscript", "safetensors", "tensorrt", "transformers")
+ACCELERATED = set((ROOT / "runtime" / "engines").glob("torch*.py"))
+"""Engines that a server imports only when it is told to use them."""
 GRPC = ("grpc", "grpc_health", "grpc_reflection", "grpc_channelz", "grpc_status", "diffusiongemma")
 
 
@@ -88,7 +90,7 @@ def import_everything(packages: list[str], blocked: tuple[str, ...]) -> subproce
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for package in packages
         for path in modules_of(package)
-        if path.stem != "__main__"
+        if path.stem != "__main__" and path not in ACCELERATED
     ]
     assert names
     program = (

@@ -42,7 +42,7 @@ def write_checkpoint(directory: Path, shape: TinyShape = SHAPE, seed: int = 0, s
 
 def export(checkpoint: Path, out: Path, name: str = "tiny") -> Bundle:
     """The bundle of a checkpoint directory, made by the command."""
-    result = CliRunner().invoke(command, [str(checkpoint), str(out), "--name", name])
+    result = CliRunner().invoke(command, [str(checkpoint), str(out), "--name", name, "--program"])
     assert result.exit_code == 0, result.output
     assert "verified on onnxruntime" in result.output
     return Bundle(out)

@@ -18,6 +18,7 @@ from export.model import Readouts, StepModel, StepOutputs
 from export.rows import build_rows
 from export.verification import load_model
 from runtime.bundle import Bundle
+from runtime.engines import torch as torch_engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine, Prefix, Readout
 
@@ -34,7 +35,12 @@ def _onnxruntime(bundle: Bundle) -> Engine:
     return OnnxRuntimeEngine.load(bundle, Options(threads=1, page_size=PAGE, canvas_slots=4, positions=1024))
 
 
-ENGINES: dict[str, Callable[[Bundle], Engine]] = {"onnxruntime": _onnxruntime}
+def _torch(bundle: Bundle) -> Engine:
+    options = torch_engine.Options(device="cpu", page_size=PAGE, canvas_slots=4, positions=1024)
+    return torch_engine.TorchEngine.load(bundle, options)
+
+
+ENGINES: dict[str, Callable[[Bundle], Engine]] = {"onnxruntime": _onnxruntime, "torch": _torch}
 
 
 @pytest.fixture(params=ENGINES)

@@ -1,0 +1,407 @@
+"""The exported program in PyTorch: on the CPU with the operations' references, on a GPU compiled and in CUDA graphs.
+
+Weights, K/V pool, self-conditioning states and readout stay on the device; the host hands over token ids, page tables
+and uniform numbers, and reads back two ids and an entropy a position.
+
+What a result depends on: on the CPU rows run one after the other, so never on a row's neighbours. On a GPU the rows of a
+call share its matrix products, whose tiling follows from how many rows there are, and attention is split by the longest
+prefix of the call: the same rows in a call of the same size give the same bits, and a row alone gives the same bits
+whatever ran before; between calls of different sizes results differ by rounding. `Options.batch = 1` buys back full
+independence at the price of reading the weights for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from runtime.bundle import STEP_PROGRAM, WEIGHTS, Bundle, LayerFacts, ModelFacts, ProgramRecord
+from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
+from runtime.engines.torch_calls import Buffer, Call, Fields, read
+from runtime.engines.torch_program import Fill, Rewrites, Steps, bind
+from runtime.engines.torch_weights import WeightsFile
+from runtime.errors import BundleError
+
+FULL_PAGES_LEAST = 16
+"""Page tables are padded to a power of two of at least so many pages: a call of a length class is captured once."""
+ENCODE_BUCKET = 256
+"""Tokens: encode rows are padded to multiples of it on a GPU."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to run, and how much memory to give it."""
+
+    device: str = "cuda"
+    """`cpu`, `cuda` or `cuda:1`."""
+    page_size: int = 64
+    """Tokens."""
+    canvas_slots: int = 8
+    """Canvases that can be denoised in turn."""
+    positions: int | None = None
+    """Positions that the full layers hold over all requests; None: as many as one sequence may span, at least 4096 a
+    slot."""
+    encode_chunk: int = 256
+    """Most tokens of an encode row: a prompt is done sooner with longer ones and open canvases wait longer."""
+    batch: int = 16
+    """Most rows of one call on a GPU, a power of two; on the CPU rows run one by one."""
+    compiler: str | None = "inductor"
+    """Backend of `torch.compile` on a GPU; None runs the graph node by node."""
+    graphs: bool = True
+    """Capture CUDA graphs."""
+    rewrites: Rewrites = field(default_factory=Rewrites)
+
+    def geometry(self, facts: ModelFacts) -> PoolGeometry:
+        """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""
+        positions = self.positions or max(facts.max_position, 4096 * self.canvas_slots)
+        window = facts.sliding_window - 1 + max(facts.canvas_length, self.encode_chunk)
+        sliding_pages = self.canvas_slots * ((window - 2) // self.page_size + 2)
+        return PoolGeometry(self.page_size, sliding_pages, -(-positions // self.page_size), self.canvas_slots)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What an engine runs: a program, how to call it, where its weights come from."""
+
+    facts: ModelFacts
+    end_token_ids: tuple[int, ...]
+    program: ExportedProgram
+    record: ProgramRecord
+    fill: Fill
+
+
+class TorchEngine:
+    """`runtime.engines.protocol.Engine` over an exported program."""
+
+    def __init__(self, model: Model, options: Options) -> None:
+        """Allocate the pool and the weights on the device.
+
+        Raises:
+            BundleError: they do not fit.
+        """
+        self.facts, self.pool = model.facts, options.geometry(model.facts)
+        self._options, self._device = options, torch.device(options.device)
+        self._cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if self._cuda else None
+        self._graph_pool = torch.cuda.graph_pool_handle() if self._cuda and options.graphs else None
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        try:
+            with self._on_device(), torch.no_grad():
+                self._allocate(model)
+        except torch.OutOfMemoryError as error:
+            raise BundleError(_does_not_fit(model, self.pool, error)) from error
+
+    @classmethod
+    def load(cls, bundle: Bundle, options: Options | None = None) -> TorchEngine:
+        """Load a bundle's exported program, weights streamed from its file to the device.
+
+        Raises:
+            BundleError: the bundle has no program or it cannot be read, the device is absent or too small.
+        """
+        options = options or Options()
+        manifest, path = bundle.manifest, bundle.path(STEP_PROGRAM)
+        if manifest.program is None:
+            raise BundleError(f"{path}: is missing; export the checkpoint again with --program")
+        device = _device(options.device)
+        try:
+            program = torch.export.load(path)
+        except Exception as error:  # whatever reading a file of another version or of garbage raises
+            raise BundleError(f"{path}: PyTorch {torch.__version__} cannot load it: {error}") from error
+        with WeightsFile(bundle.path(WEIGHTS), manifest.tensors, device) as weights:
+            ends = manifest.generation.end_token_ids
+            return cls(Model(manifest.model, ends, program, manifest.program, weights.fill), options)
+
+    @torch.no_grad()
+    def encode(self, rows: Sequence[EncodeRow]) -> None:
+        """Encode the rows and write their K/V into the pool, one row after the other."""
+        with self._on_device():
+            for row in rows:
+                self._encode(row)
+
+    @torch.no_grad()
+    def denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
+        """One denoising step of each canvas; rows share calls on a GPU."""
+        most, readouts = self._options.batch if self._cuda else 1, []
+        with self._on_device():
+            for first in range(0, len(rows), most):
+                readouts += self._denoise(rows[first : first + most])
+        return readouts
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        self._calls.clear()
+        del self._denoise_step, self._encode_step, self._keys, self._values, self._states
+        if self._cuda:
+            torch.cuda.empty_cache()
+
+    def _allocate(self, model: Model) -> None:
+        facts, pool, device = self.facts, self.pool, self._device
+        dtype = _state_dtype(model)
+        # A page and a slot more than the scheduler knows: what padding tokens and warming up write goes there.
+        self._keys, self._values = (
+            [_empty_pool(layer, pool, dtype, device) for layer in facts.layers] for _ in range(2)
+        )
+        shape = (pool.canvas_slots + 1, facts.canvas_length, facts.hidden_size)
+        self._states = torch.zeros(shape, dtype=dtype, device=device)
+        inputs = {f"k_pool_{i}": keys for i, keys in enumerate(self._keys)}
+        inputs |= {f"v_pool_{i}": values for i, values in enumerate(self._values)}
+        inputs["guarded_ids"] = torch.tensor(model.end_token_ids, dtype=torch.int64, device=device)
+        self._bind(bind(model.program, model.record, inputs, model.fill, device, self._options.rewrites))
+
+    def _bind(self, steps: Steps) -> None:
+        encode: Callable[..., Any] = EncodeCall(steps.encode, self.facts.sliding_window)
+        denoise: Callable[..., Any] = DenoiseCall(steps.denoise, self.facts.sliding_window)
+        if self._cuda and self._options.compiler is not None:
+            encode, denoise = (torch.compile(each, backend=self._options.compiler) for each in (encode, denoise))
+        self._encode_step, self._denoise_step = encode, denoise
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream) if self._cuda else nullcontext()
+
+    def _encode(self, row: EncodeRow) -> None:
+        length = len(row.token_ids)
+        padded = -(-length // ENCODE_BUCKET) * ENCODE_BUCKET if self._cuda else length
+        tables = self._tables(row.prefix, row.start)
+        call = self._encode_call(padded, self._full_bucket(len(tables["full_table"])))
+        _write_row(call.inputs.host, 0, tables)
+        host = call.inputs.host
+        host["start"][0] = row.start
+        host["token_ids"][0, :length], host["token_ids"][0, length:] = row.token_ids, 0
+        host["sliding_slots"][:length] = self._slots_of(
+            row.prefix.sliding_pages, row.start - row.prefix.sliding_base, length
+        )
+        host["full_slots"][:length] = self._slots_of(row.prefix.full_pages, row.start, length)
+        host["sliding_slots"][length:] = self.pool.sliding_pages * self.pool.page_size
+        host["full_slots"][length:] = self.pool.full_pages * self.pool.page_size
+        call.run()
+        self._synchronize()
+
+    def _denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
+        tables = [self._tables(row.prefix, row.start) for row in rows]
+        batch = 1 << (len(rows) - 1).bit_length()
+        call = self._denoise_call(batch, self._full_bucket(max(len(table["full_table"]) for table in tables)))
+        host = call.inputs.host
+        for index in range(batch):
+            # Rows that only fill up the call repeat the last one, with the spare slot.
+            row, table = rows[min(index, len(rows) - 1)], tables[min(index, len(rows) - 1)]
+            _write_row(host, index, table)
+            host["token_ids"][index], host["uniform"][index] = row.canvas, row.uniform
+            host["start"][index], host["temperature"][index] = row.start, row.temperature
+            host["first_step"][index], host["guard"][index] = row.first_step, row.guard_first
+            host["slots"][index] = row.slot if index < len(rows) else self.pool.canvas_slots
+        call.run()
+        self._synchronize()
+        outputs = [read(call.outputs.host, index) for index in range(len(rows))]
+        return [Readout(each["argmax_ids"], each["candidate_ids"], each["entropy"]) for each in outputs]
+
+    def _synchronize(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _tables(self, prefix: Prefix, start: int) -> dict[str, Any]:
+        """The pages that hold positions before `start` that the row can see, and where the first of them begins."""
+        size = self.pool.page_size
+        oldest = max(0, start - (self.facts.sliding_window - 1))
+        first = (oldest - prefix.sliding_base) // size if start else 0
+        last = -(-(start - prefix.sliding_base) // size)
+        return {
+            "sliding_table": prefix.sliding_pages[first:last],
+            "sliding_base": prefix.sliding_base + first * size,
+            "full_table": prefix.full_pages[: -(-start // size)],
+        }
+
+    def _full_bucket(self, pages: int) -> int:
+        return max(FULL_PAGES_LEAST, 1 << max(0, pages - 1).bit_length())
+
+    def _slots_of(self, pages: Sequence[int], first: int, count: int) -> Any:
+        """Slots in the pool of `count` tokens from the `first` of these pages on."""
+        page, slot = np.divmod(np.arange(first, first + count), self.pool.page_size)
+        return np.asarray(pages, np.int64)[page] * self.pool.page_size + slot
+
+    def _encode_call(self, length: int, full_pages: int) -> Call:
+        key = ("encode", length, full_pages)
+        if key not in self._calls:
+            fields = self._row_fields(1, length, full_pages)
+            fields |= {f"{kind}_slots": ((length,), torch.int64) for kind in ("sliding", "full")}
+            buffer = Buffer(fields, self._device)
+            _mark_dynamic(buffer.device, {"token_ids": 1, "full_table": 1}, self._cuda)
+            for name, pages in (("sliding_slots", self.pool.sliding_pages), ("full_slots", self.pool.full_pages)):
+                buffer.host[name][...] = pages * self.pool.page_size
+            graph_pool = self._graph_pool if length == ENCODE_BUCKET else None
+            self._calls[key] = self._warm(buffer, Buffer({}, self._device), self._run_encode, graph_pool)
+        return self._calls[key]
+
+    def _denoise_call(self, batch: int, full_pages: int) -> Call:
+        key = ("denoise", batch, full_pages)
+        if key not in self._calls:
+            shape = (batch, self.facts.canvas_length)
+            row: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+                "uniform": (shape, torch.float32),
+                "temperature": ((batch,), torch.float32),
+                "slots": ((batch,), torch.int64),
+                "first_step": ((batch,), torch.bool),
+                "guard": ((batch,), torch.bool),
+            }
+            buffer = Buffer(self._row_fields(*shape, full_pages) | row, self._device)
+            dynamic = dict.fromkeys(buffer.device, 0) if batch > 1 else {}
+            _mark_dynamic(buffer.device, dynamic, self._cuda)
+            _mark_dynamic(buffer.device, {"full_table": 1}, self._cuda)
+            buffer.host["slots"][...], buffer.host["temperature"][...] = self.pool.canvas_slots, 1.0
+            readout = {"argmax_ids": (shape, torch.int64), "candidate_ids": (shape, torch.int64)}
+            outputs = Buffer(readout | {"entropy": (shape, torch.float32)}, self._device)
+            self._calls[key] = self._warm(buffer, outputs, self._run_denoise, self._graph_pool)
+        return self._calls[key]
+
+    def _warm(self, inputs: Buffer, outputs: Buffer, body: Callable[[Buffer, Buffer], None], graph_pool: Any) -> Call:
+        # Batch sizes and page counts are sizes of their own, also where two happen to be equal when traced.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):
+            return Call(inputs, outputs, lambda: body(inputs, outputs), graph_pool)
+
+    def _row_fields(self, batch: int, length: int, full_pages: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        sliding_pages = (self.facts.sliding_window - 3) // self.pool.page_size + 2
+        shapes = {
+            "token_ids": (batch, length),
+            "start": (batch,),
+            "sliding_table": (batch, max(1, sliding_pages)),
+            "sliding_base": (batch,),
+            "full_table": (batch, full_pages),
+        }
+        return {name: (shape, torch.int64) for name, shape in shapes.items()}
+
+    def _run_encode(self, inputs: Buffer, outputs: Buffer) -> None:
+        fields = dict(inputs.device)
+        slots = {True: fields.pop("sliding_slots"), False: fields.pop("full_slots")}
+        new = self._encode_step(**fields)
+        for index, layer in enumerate(self.facts.layers):
+            for pool, rows in ((self._keys, new[index]), (self._values, new[len(self.facts.layers) + index])):
+                pool[index].flatten(0, 1).index_copy_(0, slots[layer.sliding], rows[0])
+
+    def _run_denoise(self, inputs: Buffer, outputs: Buffer) -> None:
+        *readout, soft_embedding = self._denoise_step(states=self._states, **inputs.device)
+        self._states.index_copy_(0, inputs.device["slots"], soft_embedding)
+        for output, value in zip(outputs.device.values(), readout, strict=True):
+            output.copy_(value)
+
+
+class EncodeCall(nn.Module):
+    """An encode step with what it derives from the rows' positions."""
+
+    def __init__(self, step: fx.GraphModule, window: int) -> None:
+        super().__init__()
+        self.step, self._window = step, window
+        self._names = tuple(node.target for node in step.graph.find_nodes(op="placeholder"))
+
+    def forward(
+        self, token_ids: Tensor, start: Tensor, sliding_table: Tensor, sliding_base: Tensor, full_table: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Keys and values of all layers, `[B, S, kv_heads, head_dim]` each."""
+        positions = start[:, None] + torch.arange(token_ids.shape[1], device=start.device)
+        oldest = (positions - (self._window - 1)).clamp(min=0)
+        intervals = (oldest, positions + 1, torch.zeros_like(positions), positions + 1)
+        tables = (sliding_table, sliding_base, full_table)
+        inputs = {"token_ids": token_ids, "start": start, **_visibility(intervals, tables)}
+        results: tuple[Tensor, ...] = self.step(*(inputs[name] for name in self._names))
+        return results
+
+
+class DenoiseCall(nn.Module):
+    """A denoise step with what it derives from the rows' positions and slots."""
+
+    def __init__(self, step: fx.GraphModule, window: int) -> None:
+        super().__init__()
+        self.step, self._window = step, window
+        self._names = tuple(node.target for node in step.graph.find_nodes(op="placeholder"))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        start: Tensor,
+        sliding_table: Tensor,
+        sliding_base: Tensor,
+        full_table: Tensor,
+        uniform: Tensor,
+        temperature: Tensor,
+        slots: Tensor,
+        first_step: Tensor,
+        guard: Tensor,
+        states: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Argmax ids, candidate ids, entropy, soft embedding."""
+        shape = token_ids.shape
+        # Every token of a canvas sees the same window: the last w - 1 positions before the canvas, and the canvas.
+        oldest = (start - (self._window - 1)).clamp(min=0)[:, None].expand(shape).contiguous()
+        end = (start + shape[1])[:, None].expand(shape).contiguous()
+        condition = torch.where(first_step[:, None, None], 0, states.index_select(0, slots))
+        tables = (sliding_table, sliding_base, full_table)
+        inputs = {
+            "token_ids": token_ids,
+            "start": start,
+            "self_conditioning": condition,
+            "temperature": temperature,
+            "uniform": uniform,
+            "guard": guard,
+            **_visibility((oldest, end, torch.zeros_like(end), end), tables),
+        }
+        results: tuple[Tensor, ...] = self.step(*(inputs[name] for name in self._names))
+        return results
+
+
+def _visibility(intervals: tuple[Tensor, ...], tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """The step's inputs that say what the rows see."""
+    sliding_table, sliding_base, full_table = tables
+    return {
+        **dict(zip(("sliding_kv_start", "sliding_kv_end", "full_kv_start", "full_kv_end"), intervals, strict=True)),
+        "sliding_page_table": sliding_table,
+        "sliding_page_base": sliding_base,
+        "full_page_table": full_table,
+        "full_page_base": torch.zeros_like(sliding_base),
+    }
+
+
+def _write_row(host: Mapping[str, Any], index: int, tables: Mapping[str, Any]) -> None:
+    """Put a row's page tables into the buffer; what is left of a table names page 0, which no token sees there."""
+    for name in ("sliding_table", "full_table"):
+        pages = tables[name]
+        host[name][index, : len(pages)], host[name][index, len(pages) :] = pages, 0
+    host["sliding_base"][index] = tables["sliding_base"]
+
+
+def _mark_dynamic(tensors: Mapping[str, Tensor], axes: Mapping[str, int], cuda: bool) -> None:
+    """Compile for any size of these axes, not one time for each that comes."""
+    if cuda:
+        for name, axis in axes.items():
+            torch._dynamo.maybe_mark_dynamic(tensors[name], axis)
+
+
+def _state_dtype(model: Model) -> torch.dtype:
+    """What K/V and states are stored in: the dtype of the program's pools."""
+    index = model.record.inputs.index("k_pool_0")
+    placeholders = model.program.graph_module.graph.find_nodes(op="placeholder")
+    dtype: torch.dtype = list(placeholders)[index].meta["val"].dtype
+    return dtype
+
+
+def _empty_pool(layer: LayerFacts, pool: PoolGeometry, dtype: torch.dtype, device: torch.device) -> Tensor:
+    pages = pool.sliding_pages if layer.sliding else pool.full_pages
+    return torch.zeros((pages + 1, pool.page_size, layer.kv_heads, layer.head_dim), dtype=dtype, device=device)
+
+
+def _device(name: str) -> torch.device:
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BundleError(f"device {name}: this PyTorch ({torch.__version__}) finds no CUDA GPU; use device cpu")
+    return device
+
+
+def _does_not_fit(model: Model, pool: PoolGeometry, error: Exception) -> str:
+    return (
+        f"{model.facts.name}: its weights and a pool of {pool.full_pages} full and {pool.sliding_pages} sliding pages "
+        f"do not fit into the device's memory; serve fewer requests at a time or fewer positions ({error})"
+    )
