@@ -20,7 +20,7 @@ class DispatchPlan:
     block_expert: Tensor
     """`[blocks]` int32: expert of a block, -1 for the surplus blocks at the end."""
     rows: Tensor
-    """`[blocks, block_rows]` int32: an expert's pairs in rising order, then `pairs` as padding; surplus blocks undefined."""
+    """`[blocks, block_rows]` int32: an expert's pairs in rising order, then `pairs` as padding; surplus: undefined."""
     pairs: int
     """`T * K`."""
 

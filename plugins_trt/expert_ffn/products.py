@@ -84,8 +84,8 @@ def gate_up_product(
         else:
             inside = start + column < HIDDEN_SIZE
             states = tl.load(x + start, mask=inside[:, None], other=0.0)
-            gate_weights = tl.load(gate + start, mask=inside[None, :], other=0)
-            up_weights = tl.load(gate + start + INTERMEDIATE * HIDDEN_SIZE, mask=inside[None, :], other=0)
+            gate_weights = tl.load(gate + start, mask=inside[None, :], other=0.0)
+            up_weights = tl.load(gate + start + INTERMEDIATE * HIDDEN_SIZE, mask=inside[None, :], other=0.0)
         gate_sums = multiply(gate_weights, states, gate_sums, ENCODING)
         up_sums = multiply(up_weights, states, up_sums, ENCODING)
 
@@ -134,7 +134,7 @@ def down_product(
         else:
             inside = start + column < INTERMEDIATE
             states = tl.load(hidden + start, mask=inside[:, None], other=0.0)
-            weights = tl.load(down + start, mask=inside[None, :], other=0)
+            weights = tl.load(down + start, mask=inside[None, :], other=0.0)
         sums = multiply(weights, states, sums, ENCODING)
 
     stored = pair < pairs

@@ -125,6 +125,6 @@ def _round_to_fp8(states: Tensor) -> Tensor:
 
 
 def _from_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    groups = packed.unflatten(-1, (-1, INT4_GROUP // 2))
+    groups = packed.view(*packed.shape[:-1], -1, INT4_GROUP // 2)
     codes = torch.cat([groups & 0x0F, groups >> 4], dim=-1).to(dtype) - 8
     return (codes * scale.to(dtype).unsqueeze(-1)).flatten(-2)
