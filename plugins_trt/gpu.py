@@ -1,0 +1,33 @@
+"""The GPU that a tensor lives on, as far as the choice of a kernel's tiles depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What tiles and grids are chosen by."""
+
+    capability: int
+    """Compute capability times ten."""
+    multiprocessors: int
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a block may have 227 KB of shared memory and the matrix units read it (Hopper, data-centre Blackwell)."""
+        return self.capability // 10 in (9, 10)
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU `device`; for other devices (Triton's interpreter, `meta`) the smallest one that the kernels support."""
+    return _gpu(device.index or 0) if device.type == "cuda" else Gpu(capability=80, multiprocessors=108)
+
+
+@cache
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    return Gpu(properties.major * 10 + properties.minor, properties.multi_processor_count)
