@@ -50,7 +50,7 @@ class Signals:
 
 async def serve(
     address: str, load: Callable[[], Served], grace: float, announce: Callable[[str], None] = lambda address: None
-) -> None:
+) -> bool:
     """Serve what `load` returns until SIGTERM or SIGINT, then drain.
 
     Args:
@@ -58,6 +58,9 @@ async def serve(
         load: makes what is served, with a runner that is warmed up; called on a thread of its own.
         grace: seconds that open requests have to end after the signal; a second signal ends them.
         announce: told the address once the services are SERVING.
+
+    Returns:
+        False where the signal came before anything was served; `load` then still runs.
 
     Raises:
         AddressTaken: the address cannot be listened on.
@@ -71,7 +74,7 @@ async def serve(
     served = await _loaded(load, signals.requested)
     if served is None:
         _log("stopped", loaded=False)
-        return
+        return False
     try:
         await server.start(served)
         _log("serving", address=server.address, model=served.facts.name, seconds=round(time.monotonic() - began, 3))
@@ -82,6 +85,7 @@ async def serve(
         _log("stopped", drained=drained)
         if not signals.requested.is_set():
             raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
+        return True
     finally:
         await on_own_thread(served.runner.close)
 
@@ -89,7 +93,7 @@ async def serve(
 async def _loaded(load: Callable[[], Served], requested: asyncio.Event) -> Served | None:
     """What was loaded, or None where the signal came first.
 
-    The thread is a daemon: a load that nobody waits for any more, of tens of gigabytes perhaps, ends with the process.
+    The thread is a daemon: nobody waits for the rest of a load that nobody wants, of tens of gigabytes perhaps.
     """
     loop, loaded = asyncio.get_running_loop(), asyncio.Event()
     outcome: list[Served | BaseException] = []

@@ -95,7 +95,9 @@ def command(
 
     logs.configure(log_level)
     settings = Settings(bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums)
-    asyncio.run(serve(address, partial(load, settings), grace, announce))
+    if not asyncio.run(serve(address, partial(load, settings), grace, announce)):
+        # The engine is still being loaded, and its library aborts a process that ends in an orderly way meanwhile.
+        os._exit(0)
 
 
 def announce(address: str) -> None:

@@ -28,6 +28,8 @@ def main() -> None:
         service.intake.Mailbox = PacedMailbox  # type: ignore[misc]
 
     def load() -> Served:
+        if options.get("hold_loading"):
+            threading.Event().wait()
         engine, served = make_served(directory, options.get("answers", {}))
         if "hold" in options:
             gate = engine.hold(*options["hold"])

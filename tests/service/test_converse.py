@@ -13,7 +13,7 @@ import pytest
 
 from diffusiongemma.v1 import generation_pb2, options_pb2, prompt_pb2
 from service.client import CallFailed
-from service.conversation import MAX_WAITING_TURNS
+from service.conversation import MAX_CANCELLED_TURNS, MAX_WAITING_TURNS
 from tests.service.support import Harness, message, reached, serving
 
 Request, Response = generation_pb2.ConverseRequest, generation_pb2.ConverseResponse
@@ -233,8 +233,21 @@ WRONG: list[Any] = [
         "from 0",
         id="own-options",
     ),
+    # With the setup: nobody should have to ask first.
     pytest.param(
-        [setup(options=options_pb2.GenerationOptions(seed=-1)), turn("x")], "setup.options.seed", "from 0", id="options"
+        [setup(options=options_pb2.GenerationOptions(seed=-1))], "setup.options.seed", "from 0", id="options-at-once"
+    ),
+    pytest.param(
+        [setup(options=options_pb2.GenerationOptions(max_output_token_count=4096))],
+        "setup.options.max_output_token_count",
+        "to 4064",
+        id="more-tokens-than-ever-fit",
+    ),
+    pytest.param(
+        [setup(options=options_pb2.GenerationOptions(drafts=options_pb2.DraftOptions(mode=7)))],  # type: ignore[arg-type]
+        "setup.options.drafts.mode",
+        "DRAFT_MODE_ON",
+        id="draft-mode-at-once",
     ),
 ]
 
@@ -294,6 +307,34 @@ async def test_too_many_waiting_turns_are_refused(tmp_path: Path) -> None:
             await stream.send(setup(), turn("open"))
             await reached(gate)
             await stream.send(*(turn(f"waiting {index}") for index in range(MAX_WAITING_TURNS + 1)))
+            handle = await harness.runner.submitted()
+            await handle.wait_cancelled()
+        failure = await stream.failure()
+    assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+
+
+async def test_cancelled_turns_make_room_for_others(tmp_path: Path) -> None:
+    """Catches a limit that counts what nobody waits for; the cancelled ones still end in their order."""
+    async with conversing(tmp_path, {}) as (harness, stream):
+        with harness.engine.hold("encode", 1) as gate:
+            await stream.send(setup(), turn("open"))
+            await reached(gate)
+            await stream.send(*(turn(f"withdrawn {index}") for index in range(MAX_WAITING_TURNS)))
+            await stream.send(*(cancel(1 + index) for index in range(MAX_WAITING_TURNS)))
+            await stream.send(*(turn(f"waiting {index}") for index in range(MAX_WAITING_TURNS)))
+        kinds = by_turn(await stream.rest())
+    assert [kinds[1 + index] for index in range(MAX_WAITING_TURNS)] == [["cancelled"]] * MAX_WAITING_TURNS
+    assert [kinds[1 + MAX_WAITING_TURNS + index][-1] for index in range(MAX_WAITING_TURNS)] == ["finished"] * 8
+
+
+async def test_too_many_cancelled_turns_are_refused(tmp_path: Path) -> None:
+    """Catches a client that starts and cancels without reading, and grows the server for ever."""
+    async with conversing(tmp_path, {}) as (harness, stream):
+        with harness.engine.hold("encode", 1) as gate:
+            await stream.send(setup(), turn("open"))
+            await reached(gate)
+            for index in range(1, MAX_CANCELLED_TURNS + 2):
+                await stream.send(turn("withdrawn"), cancel(index))
             handle = await harness.runner.submitted()
             await handle.wait_cancelled()
         failure = await stream.failure()

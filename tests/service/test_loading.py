@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,19 @@ def test_a_missing_file_is_told(tiny_bundle: Bundle, tmp_path: Path) -> None:
         load(settings(tmp_path))
 
 
+def test_a_changed_bundle_is_refused_before_it_is_loaded(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """One bit of the weights: without a look at the checksums it is served as if it were what was exported."""
+    for name in ("manifest.json", *tiny_bundle.manifest.files):
+        shutil.copyfile(tiny_bundle.path(name), tmp_path / name)
+    with (tmp_path / "weights.bin").open("r+b") as weights:
+        first = weights.read(1)[0]
+        weights.seek(0)
+        weights.write(bytes([first ^ 1]))
+    with pytest.raises(BundleError, match=r"weights\.bin changed"):
+        load(settings(tmp_path))
+    load(replace(settings(tmp_path), verify_checksums=False)).runner.close()
+
+
 def tokens_of(client: Client, seed: int, drafts: bool) -> list[int]:
     """The committed tokens of a short answer."""
     sampling = SamplingOverrides(seed=seed, max_output_tokens=40, max_denoising_steps=6)
@@ -62,6 +77,17 @@ def tokens_of(client: Client, seed: int, drafts: bool) -> list[int]:
         if isinstance(event, Committed):
             found += event.token_ids.tolist()
     return found
+
+
+def test_a_signal_in_the_midst_of_loading_ends_well(tiny_bundle: Bundle) -> None:
+    """Catches a process that ends while the engine's library loads on another thread: it aborts, and exits with 134."""
+    command = [sys.executable, "-c", DGEMMA, "serve", str(tiny_bundle.directory), "--address", "127.0.0.1:0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert " bound " in process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert "terminate called" not in process.stderr.read()
 
 
 def test_a_server_from_start_to_exit(tiny_bundle: Bundle) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import socket
@@ -16,10 +18,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from diffusiongemma.v1 import generation_pb2, model_pb2, prompt_pb2
 from runtime.events import Committed, Event, Finished, Started
 from service.client import CallFailed
 from service.server import SERVICES
 from tests.service.processes import ROOT, fake_server
+from tests.service.support import failure_of, finished, reached, request, serving
 
 LONG = "an answer of several blocks, each one of thirty-two tokens. " * 3
 Status = health_pb2.HealthCheckResponse
@@ -70,6 +74,69 @@ def test_what_outlasts_the_grace_time_is_cut_with_unavailable(tmp_path: Path) ->
         assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
         assert len(received) >= 2
         assert server.exit_code() == 0
+
+
+def test_a_second_signal_ends_the_grace_time(tmp_path: Path) -> None:
+    """An answer that would take minutes and a grace time of an hour: who asks twice does not want to wait."""
+    with fake_server(tmp_path, answers={"go": LONG * 10}, step_seconds=0.05, grace=3600.0) as server:
+        events = iter(server.client.generate("go", timeout=60))
+        next(events)
+        with grpc.insecure_channel(server.address) as channel:
+            states = watch(channel, "")
+            next(states)
+            server.process.send_signal(signal.SIGTERM)
+            assert next(states).status == Status.NOT_SERVING
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(CallFailed) as caught:
+            list(events)
+        assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert server.exit_code() == 0
+        assert "drained=False" in server.log()
+
+
+def test_a_signal_while_loading_ends_at_once(tmp_path: Path) -> None:
+    """Catches a server that announces itself after it was told to go, and one that loads to the end first."""
+    options = json.dumps({"hold_loading": True})
+    command = [sys.executable, "-m", "tests.service.fake_server", str(tmp_path), options]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert "bound" in process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+            assert process.stdout.read() == ""
+            log = process.stderr.read()
+        finally:
+            process.kill()
+    assert "stopped" in log
+    assert "serving" not in log
+
+
+async def test_nothing_is_begun_while_draining(tmp_path: Path) -> None:
+    """Counting and asking for the model are sent elsewhere like generating, so that a balancer sees one answer."""
+    async with serving(tmp_path, {"go": LONG}) as harness:
+        with harness.engine.hold("denoise", 2) as gate:
+            open_one = harness.generation.Generate(request("go"), timeout=60)
+            await reached(gate)
+            stopping = asyncio.create_task(harness.server.stop(60))
+            stub: Any = health_pb2_grpc.HealthStub(harness.channel)
+            async for state in stub.Watch(health_pb2.HealthCheckRequest(), timeout=60):
+                if state.status == Status.NOT_SERVING:
+                    break
+            count = generation_pb2.CountTokensRequest(token_ids=prompt_pb2.TokenIds(ids=[1]))
+            for call in (
+                harness.generation.Generate(request("new"), timeout=60),
+                harness.generation.CountTokens(count, timeout=60),
+                harness.models.GetModel(model_pb2.GetModelRequest(), timeout=60),
+                harness.generation.Converse(timeout=60),
+            ):
+                failure = await failure_of(call)
+                assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert await finished(open_one)
+        assert await stopping
 
 
 def test_an_idle_conversation_does_not_hold_up_the_exit(tmp_path: Path) -> None:
@@ -132,7 +199,9 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
     ):
         assert second.address == ""
         assert second.exit_code() != 0
-        assert f"cannot listen on {first.address}" in second.log()
+        log = second.log()
+        assert f"cannot listen on {first.address}: another program does" in log
+        assert "add_port" not in log  # gRPC's own account of it
         assert first.client.model(timeout=30).name == "fake"
 
 
