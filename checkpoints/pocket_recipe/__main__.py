@@ -6,11 +6,12 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import click
 import torch
 
-from checkpoints.pocket_recipe import checkpoint, definitions, stories15m, tokenizer
+from checkpoints.pocket_recipe import checkpoint, definitions, prose, stories15m, tokenizer
 from checkpoints.pocket_recipe.batches import Material
 from checkpoints.pocket_recipe.evaluation import Settings, evaluate
 from checkpoints.pocket_recipe.keeper import Keeper, table
@@ -51,11 +52,12 @@ def stories(data: Path, device: str, count: int, rows: int) -> None:
     """Sample the stories."""
     target = torch.device(device)
     model = stories15m.load(data / "stories15m.f16", target, torch.bfloat16 if target.type == "cuda" else torch.float32)
-    generator, began, kept = torch.Generator(target).manual_seed(1), time.monotonic(), 0
+    generator, rng, began, kept = torch.Generator(target).manual_seed(1), Random(1), time.monotonic(), 0
     unfinished = data / "stories.txt.unfinished"
     with unfinished.open("w", encoding="utf-8") as file:
         for first in range(0, count, rows):
-            texts = stories15m.sample(model, min(rows, count - first), generator)
+            beginnings = [prose.beginning(rng) for _ in range(min(rows, count - first))]
+            texts = stories15m.sample(model, beginnings, generator)
             file.writelines(f"{text}\n" for text in texts)
             kept += len(texts)
             click.echo(f"{kept} stories in {time.monotonic() - began:.0f} s: {texts[0][:120]}")

@@ -49,13 +49,13 @@ BUCKETS: dict[str, Bucket] = {
     bucket.name: bucket
     for bucket in (
         # Answers of tasks are short: three times the examples in the same time, against a canvas of full length.
-        Bucket("short", 512, 112, 64, {"tasks": 0.9, "definition": 0.09, "small_talk": 0.01}),
+        Bucket("short", 512, 112, 64, {"tasks": 0.68, "definition": 0.06, "opening": 0.25, "small_talk": 0.01}),
         Bucket(
             "full",
             192,
             128,
             CANVAS,
-            {"tasks": 0.5, "definition": 0.1, "opening": 0.22, "story": 0.17, "small_talk": 0.01},
+            {"tasks": 0.34, "definition": 0.05, "opening": 0.25, "story": 0.35, "small_talk": 0.01},
         ),
         Bucket("continued", 96, 384, CANVAS, {"continued": 1.0}, compiled=False),
     )

@@ -58,8 +58,8 @@ class Belief(NamedTuple):
 
     soft_embedding: Tensor
     """`[B, C, H]`."""
-    candidates: Tensor
-    """Tokens drawn from the step's distribution, `[B, C]`."""
+    probabilities: Tensor
+    """Of the tokens, `[B, C, V]` float32."""
     entropy: Tensor
     """Of that distribution, nats, `[B, C]`."""
 
@@ -82,6 +82,15 @@ def corrupt(canvas: Tensor, vocabulary: int, generator: torch.Generator) -> Nois
     return Noised(torch.where(noisy, tokens[0], canvas), torch.where(noisier, tokens[1], canvas), noisy)
 
 
+def draw_candidates(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens by inverse CDF, `[B, C, V]`, `[B, C]` -> `[B, C]`: as many as lie wholly below the uniform number.
+
+    Never compiled: a running sum over the vocabulary gains nothing from it.
+    """
+    below = probabilities.cumsum(-1) <= uniform[..., None]
+    return below.sum(-1).clamp(max=probabilities.shape[-1] - 1)
+
+
 def propose(noised: Noised, belief: Belief, generator: torch.Generator) -> Tensor:
     """The canvas with candidates where a step may have accepted them: not noise, and of an entropy below a row's bound.
 
@@ -89,8 +98,10 @@ def propose(noised: Noised, belief: Belief, generator: torch.Generator) -> Tenso
     """
     B, device = len(noised.canvas), noised.canvas.device
     chosen, bound = torch.rand(2, B, 1, generator=generator, device=device)
+    uniform = torch.rand(noised.canvas.shape, generator=generator, device=device)
     accepted = (belief.entropy < bound) & (chosen < PROPOSED_SHARE)
-    return torch.where(accepted & ~noised.noisy, belief.candidates, noised.canvas)
+    candidates = draw_candidates(belief.probabilities, uniform)
+    return torch.where(accepted & ~noised.noisy, candidates, noised.canvas)
 
 
 def answer_weights(canvas: Tensor) -> Tensor:
@@ -103,15 +114,11 @@ def _head_loss(hidden: Tensor, embedding: Tensor, targets: Tensor, softcap: floa
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
-def _belief(
-    hidden: Tensor, embedding: Tensor, temperature: Tensor, uniform: Tensor, softcap: float, scale: float
-) -> Belief:
+def _belief(hidden: Tensor, embedding: Tensor, temperature: Tensor, softcap: float, scale: float) -> Belief:
     log_p = torch.log_softmax(softcapped_logits(hidden, embedding, softcap) / temperature, dim=-1)
     p = log_p.exp()
     soft = (p.to(hidden.dtype) @ embedding).float() * scale
-    # The inverse of the cumulative distribution: as many tokens as lie wholly below the uniform number.
-    candidates = (p.cumsum(-1) <= uniform[..., None]).sum(-1).clamp(max=p.shape[-1] - 1)
-    return Belief(soft, candidates, -(p * log_p).sum(-1))
+    return Belief(soft, p, -(p * log_p).sum(-1))
 
 
 @dataclass(frozen=True)
@@ -147,9 +154,8 @@ class Objective:
         config, device = self.model.config, canvas.device
         # From what the pocket's sampler uses to what the released model's begins with.
         temperature = 0.2 + 0.6 * torch.rand(len(canvas), 1, 1, generator=generator, device=device)
-        uniform = torch.rand(canvas.shape, generator=generator, device=device)
         hidden, weight = denoise(self.model, canvas, prefix, None), self.model.embed_tokens.weight
-        return self.belief(hidden, weight, temperature, uniform, config.final_logit_softcap, config.embedding_scale)
+        return self.belief(hidden, weight, temperature, config.final_logit_softcap, config.embedding_scale)
 
     def _next_token(self, states: Tensor, clean: Clean) -> Tensor:
         targets = clean.prefix[:, 1:]

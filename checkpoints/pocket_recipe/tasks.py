@@ -135,7 +135,8 @@ def _subtract(rng: Random) -> Example:
 
 
 def _add_in_words(rng: Random) -> Example:
-    a, b = _summands(rng)
+    # Numbers below twenty have words of their own: drawn like the others, both are below it in one sum of 25.
+    a, b = _summands(rng) if rng.random() < 0.7 else (rng.randint(1, 20), rng.randint(1, 20))
     words = {"a": number_words(a), "b": number_words(b)}
     prompt = _phrase(
         rng, "What is {a} plus {b}?", "{a} plus {b}", "Add {a} and {b}.", "How much is {a} plus {b}?", **words
@@ -420,6 +421,43 @@ _LOOKUPS = {
 _FOUND = {"age": "{n} is {v} years old.", "city": "{n} lives in {v}.", "job": "{n} is a {v}."}
 
 
+_FACTS = {"age": "{n} is {v}.", "city": "{n} lives in {v}.", "job": "{n} is a {v}."}
+
+
+def _facts(rng: Random, column: str, pairs: list[tuple[str, object]]) -> str:
+    """The pairs as sentences, as a list or as a table."""
+    style = rng.random()
+    if style < 0.4:
+        return " ".join(_FACTS[column].format(n=name, v=value) for name, value in pairs)
+    if style < 0.7:
+        return ", ".join(f"{name}: {value}" for name, value in pairs) + "."
+    return _markdown(column, pairs) + "\n"
+
+
+def _lookup(rng: Random) -> Example:
+    column, pairs = _pairs(rng, 2, 4)
+    name, value = rng.choice(pairs)
+    prompt = f"{_facts(rng, column, pairs)} {_phrase(rng, *_LOOKUPS[column], n=name)}".replace("\n ", "\n")
+    return _ask(prompt, _FOUND[column].format(n=name, v=value), (value for pair in pairs for value in pair))
+
+
+_SEVERAL = {
+    "age": ("How old are {n}?", "What are the ages of {n}?"),
+    "city": ("Where do {n} live?", "What are the cities of {n}?"),
+    "job": ("What are the jobs of {n}?", "What do {n} do?"),
+}
+
+
+def _several_lookups(rng: Random) -> Example:
+    column, pairs = _pairs(rng, 2, 4)
+    asked = rng.sample(pairs, rng.randint(2, min(3, len(pairs))))
+    *names, last = (name for name, _ in asked)
+    question = _phrase(rng, *_SEVERAL[column], n=f"{', '.join(names)} and {last}")
+    prompt = f"{_facts(rng, column, pairs)} {question}".replace("\n ", "\n")
+    answer = " ".join(_FOUND[column].format(n=name, v=value) for name, value in asked)
+    return _ask(prompt, answer, (value for pair in pairs for value in pair))
+
+
 def _table_lookup(rng: Random) -> Example:
     column, pairs = _pairs(rng, 2, 4)
     name, value = rng.choice(pairs)
@@ -489,15 +527,15 @@ def _then_count(rng: Random) -> Example:
 TASKS: tuple[Task, ...] = (
     Task("add", _add, share=1.5),
     Task("subtract", _subtract),
-    Task("add_in_words", _add_in_words, share=3.0),
+    Task("add_in_words", _add_in_words, share=6.0),
     Task("gain", _gain),
-    Task("loss", _loss, share=2.0),
+    Task("loss", _loss, share=1.5),
     Task("compare", _compare),
     Task("spell_number", _spell_number),
     Task("read_number", _read_number),
     Task("reverse_digits", _reverse_digits),
     Task("sort_numbers", _sort_numbers, share=2.0),
-    Task("sort_words", _sort_words, share=3.0),
+    Task("sort_words", _sort_words, share=4.0),
     Task("reverse_words", _reverse_words),
     Task("nth_word", _nth_word),
     Task("count_words", _count_words),
@@ -506,12 +544,15 @@ TASKS: tuple[Task, ...] = (
     Task("title_case", _title_case),
     Task("json", _json),
     Task("table", _table),
-    Task("table_lookup", _table_lookup, share=3.0, promised=False),
-    Task("then_add", _then_add, follow_up=True, share=1.5),
+    # Sentences are looked up more easily than tables, and several questions in one prompt teach more than one does.
+    Task("lookup", _lookup, share=4.0, promised=False),
+    Task("several_lookups", _several_lookups, share=5.0, promised=False),
+    Task("table_lookup", _table_lookup, share=4.0, promised=False),
+    Task("then_add", _then_add, follow_up=True, share=2.0),
     Task("then_field", _then_field, follow_up=True),
-    Task("then_lookup", _then_lookup, follow_up=True, share=3.0, promised=False),
+    Task("then_lookup", _then_lookup, follow_up=True, share=4.0, promised=False),
     Task("then_reverse", _then_reverse, follow_up=True),
-    Task("then_sort", _then_sort, follow_up=True, share=4.0),
+    Task("then_sort", _then_sort, follow_up=True, share=8.0),
     Task("then_upper", _then_upper, follow_up=True),
     Task("then_nth", _then_nth, follow_up=True),
     Task("then_count", _then_count, follow_up=True),

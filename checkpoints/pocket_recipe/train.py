@@ -30,7 +30,7 @@ class Plan:
     learning_rate: float = 1.5e-3
     warm_up: int = 200
     """Steps."""
-    decay_share: float = 0.35
+    decay_share: float = 0.45
     """The last part of the run, over which the learning rate falls to zero."""
     average: float = 0.998
     """Decay of the weights' moving average, which is what is exported."""
@@ -51,8 +51,8 @@ class Plan:
     def shares(self, progress: float) -> dict[str, float]:
         """Shares of the buckets: mostly short canvases first, mostly full ones while the rate decays."""
         if progress < 1 - self.decay_share:
-            return {"short": 0.62, "full": 0.33, "continued": 0.05}
-        return {"short": 0.3, "full": 0.62, "continued": 0.08}
+            return {"short": 0.56, "full": 0.4, "continued": 0.04}
+        return {"short": 0.33, "full": 0.61, "continued": 0.06}
 
 
 def buckets(tiny: bool) -> dict[str, Bucket]:

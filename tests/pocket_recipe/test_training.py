@@ -12,7 +12,7 @@ import torch
 from checkpoints.pocket_recipe import checkpoint, tokenizer
 from checkpoints.pocket_recipe.batches import Batch, Bucket, Material, make_batch
 from checkpoints.pocket_recipe.evaluation import Settings
-from checkpoints.pocket_recipe.objective import PROPOSED_SHARE, Belief, _belief, corrupt, propose
+from checkpoints.pocket_recipe.objective import PROPOSED_SHARE, Belief, _belief, corrupt, draw_candidates, propose
 from checkpoints.pocket_recipe.train import Plan, Run, evaluation_model
 
 POCKET = Path(__file__).parents[2] / "checkpoints" / "pocket"
@@ -63,7 +63,8 @@ def test_candidates_replace_what_a_step_would_accept_and_nothing_else() -> None:
     noised = corrupt(clean, 4096, generator)
     entropy = torch.full((400, 30), 0.0)
     entropy[:, 10:] = 1.0  # no bound is above
-    belief = Belief(torch.empty(0), torch.full((400, 30), 9), entropy)
+    nines = torch.eye(10)[9].expand(400, 30, 10)
+    belief = Belief(torch.empty(0), nines, entropy)
     shown = propose(noised, belief, generator)
     replaced = shown != noised.canvas
     assert torch.equal(shown[noised.noisy], noised.canvas[noised.noisy])
@@ -81,8 +82,8 @@ def test_candidates_follow_the_distribution() -> None:
     """Catches an inverse of the cumulative distribution that is off by one token."""
     hidden, embedding = torch.zeros(1, 4, 2), torch.zeros(5, 2)
     uniform = torch.tensor([[0.0, 0.19, 0.21, 0.999]])
-    belief = _belief(hidden, embedding, torch.ones(1, 1, 1), uniform, 30.0, 1.0)
-    assert belief.candidates.tolist() == [[0, 0, 1, 4]], "five equal tokens"
+    belief = _belief(hidden, embedding, torch.ones(1, 1, 1), 30.0, 1.0)
+    assert draw_candidates(belief.probabilities, uniform).tolist() == [[0, 0, 1, 4]], "five equal tokens"
     torch.testing.assert_close(belief.entropy, torch.full((1, 4), 5.0).log())
 
 
