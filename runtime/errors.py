@@ -7,10 +7,13 @@
     ├── UnsupportedRequest   a request asks for something this bundle or version has not
     ├── ModelNotFound        a request names a model that is not served
     ├── MessageTooLarge      a message is larger than the server reads
+    ├── Unauthenticated      a caller does not show who it is
     ├── QueueFull            too many requests wait; says when to come again
+    ├── ClientLimitReached   a client has as much under way, or had as much, as it may; says when to come again
     ├── DeadlineTooShort     a request cannot start before its deadline
     ├── Draining             the server is shutting down
     ├── Cancelled            the caller withdrew the request
+    ├── ReaderTooSlow        the caller did not read what it had asked for
     └── EngineFault          the engine failed; carries a correlation id
 
 The service maps each class to one gRPC status (`service/status.py`); a test fails for a class without one.
@@ -83,6 +86,18 @@ class QueueFull(DgemmaError):
         self.waiting, self.retry_after = waiting, retry_after
 
 
+class Unauthenticated(DgemmaError):
+    """A caller does not show who it is."""
+
+
+class ClientLimitReached(DgemmaError):
+    """A client has, or had of late, as much as it may."""
+
+    def __init__(self, limit: str, value: int, retry_after: float) -> None:
+        super().__init__(f"this client's limit of {limit}, {value}, is reached; try again in {retry_after:.1f} s")
+        self.limit, self.value, self.retry_after = limit, value, retry_after
+
+
 class DeadlineTooShort(DgemmaError):
     """A request's deadline passes before it can start or finish."""
 
@@ -93,6 +108,10 @@ class Draining(DgemmaError):
 
 class Cancelled(DgemmaError):
     """The caller withdrew the request."""
+
+
+class ReaderTooSlow(DgemmaError):
+    """The caller did not read what it had asked for, so that the request was given up."""
 
 
 class EngineFault(DgemmaError):

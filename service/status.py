@@ -80,9 +80,17 @@ TABLE: Mapping[type[errors.DgemmaError], Mapped] = {
         metadata=lambda error: {"waiting": error.waiting},
         retry_after=lambda error: error.retry_after,
     ),
+    errors.Unauthenticated: Mapped(grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.ClientLimitReached: Mapped(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "CLIENT_LIMIT_REACHED",
+        metadata=lambda error: {"limit": error.limit, "value": error.value},
+        retry_after=lambda error: error.retry_after,
+    ),
     errors.DeadlineTooShort: Mapped(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT"),
     errors.Draining: Mapped(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.Cancelled: Mapped(grpc.StatusCode.CANCELLED, "CANCELLED"),
+    errors.ReaderTooSlow: Mapped(grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
     errors.EngineFault: Mapped(
         grpc.StatusCode.INTERNAL,
         "ENGINE_FAULT",

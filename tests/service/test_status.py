@@ -42,6 +42,12 @@ EXAMPLES: dict[type[errors.DgemmaError], tuple[errors.DgemmaError, grpc.StatusCo
         "MESSAGE_TOO_LARGE",
     ),
     errors.QueueFull: (errors.QueueFull(4, 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
+    errors.Unauthenticated: (errors.Unauthenticated("x"), grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED"),
+    errors.ClientLimitReached: (
+        errors.ClientLimitReached("max_concurrent", 4, 2.5),
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "CLIENT_LIMIT_REACHED",
+    ),
     errors.DeadlineTooShort: (
         errors.DeadlineTooShort("x"),
         grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -49,6 +55,7 @@ EXAMPLES: dict[type[errors.DgemmaError], tuple[errors.DgemmaError, grpc.StatusCo
     ),
     errors.Draining: (errors.Draining("x"), grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.Cancelled: (errors.Cancelled("x"), grpc.StatusCode.CANCELLED, "CANCELLED"),
+    errors.ReaderTooSlow: (errors.ReaderTooSlow("x"), grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
     errors.EngineFault: (errors.EngineFault("abc"), grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
 }
 """What each class is told as, written down a second time: a slip in the table shows as a difference."""
