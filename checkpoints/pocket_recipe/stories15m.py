@@ -47,7 +47,7 @@ class StoryModel:
 
     @cached_property
     def ids(self) -> dict[bytes, int]:
-        """The id of each text: of pieces with one text the last, which is the character and no byte or control token."""
+        """The id of each text: of several pieces the last, which is the character and no byte or control token."""
         return {piece: index for index, piece in enumerate(self.pieces)}
 
 
