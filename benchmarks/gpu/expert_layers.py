@@ -15,7 +15,7 @@ from plugins_trt.expert_routing.kernel import expert_routing
 
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, LAYERS = 128, 2816, 704, 8, 30
 
-ENCODINGS = ("bf16", "fp8", "fp8-dynamic")
+ENCODINGS = ("bf16", "fp8", "fp8-dynamic", "int4")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def random_layer(encoding: str, generator: torch.Generator) -> Layer:
     down = _normal(generator, EXPERTS, HIDDEN, INTERMEDIATE) * INTERMEDIATE**-0.5
     if encoding == "bf16":
         return Layer(encoding, (gate_up, down))
-    return Layer(encoding, (*_to_fp8(gate_up), *_to_fp8(down)))
+    encode = _to_int4 if encoding == "int4" else _to_fp8
+    return Layer(encoding, (*encode(gate_up), *encode(down)))
 
 
 def random_tokens(tokens: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,6 +74,13 @@ def _normal(generator: torch.Generator, *shape: int) -> Tensor:
 def _to_fp8(weights: Tensor) -> tuple[Tensor, Tensor]:
     scale = weights.abs().amax(dim=-1).float() / 448
     return (weights / scale.unsqueeze(-1)).to(torch.float8_e4m3fn), scale
+
+
+def _to_int4(weights: Tensor) -> tuple[Tensor, Tensor]:
+    groups = weights.view(*weights.shape[:-1], -1, reference.INT4_GROUP)
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 7.5
+    low, high = (torch.round(groups / scale).clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+    return (low | high << 4).flatten(-2), scale.squeeze(-1)
 
 
 def _face(module: object, encoding: str) -> Callable[..., Tensor]:

@@ -56,22 +56,33 @@ class Candidate:
     tile: Product
 
 
+_TILES = {
+    # Weight rows, depth, warps, stages, for blocks of at most so many rows; depth in columns of bfloat16.
+    32: (
+        [(64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)],
+        [(128, 64, 4, 4), (128, 64, 4, 5), (128, 64, 8, 4), (64, 64, 4, 5), (256, 64, 8, 3)],
+    ),
+    64: (
+        [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 3), (128, 64, 8, 3)],
+        [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3)],
+    ),
+    128: (
+        [(64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 4), (128, 64, 8, 3)],
+        [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)],
+    ),
+}
+
+
 def candidates(encoding: str, block_rows: int) -> list[Candidate]:
-    """Tile sizes worth a try for one block size; depth is in bytes of a weight row, so that encodings compare."""
-    size = 2 if encoding == "bf16" else 1
-    if block_rows <= 32:
-        gate_up = [(64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (64, 256, 8, 3), (128, 128, 8, 3)]
-        down = [(128, 128, 4, 4), (128, 128, 4, 5), (128, 128, 8, 4), (64, 128, 4, 5), (256, 128, 8, 3)]
-    elif block_rows <= 64:
-        gate_up = [(64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 3), (128, 128, 8, 3)]
-        down = [(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 8, 4), (256, 128, 8, 3)]
-    else:
-        gate_up = [(64, 128, 4, 3), (64, 128, 8, 3), (64, 128, 8, 4), (128, 128, 8, 3)]
-        down = [(128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (256, 128, 8, 3)]
-    tiles = [("gate_up", tile) for tile in gate_up] + [("down", tile) for tile in down]
+    """Tile sizes worth a try for one block size; 8-bit and 4-bit weights are read twice as many columns at a time."""
+    deeper = 1 if encoding == "bf16" else 2
+    products = zip(
+        ("gate_up", "down"), next(tiles for most, tiles in _TILES.items() if block_rows <= most), strict=True
+    )
     return [
-        Candidate(encoding, product, block_rows, Product(rows, depth // size, warps, stages))
-        for product, (rows, depth, warps, stages) in tiles
+        Candidate(encoding, product, block_rows, Product(rows, depth * deeper, warps, stages))
+        for product, tiles in products
+        for rows, depth, warps, stages in tiles
     ]
 
 

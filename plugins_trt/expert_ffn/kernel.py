@@ -9,15 +9,8 @@ import triton
 from torch import Tensor
 
 from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
-from plugins_trt.expert_ffn.products import (
-    E4M3_BITS,
-    E4M3_DOT,
-    WIDE,
-    down_product,
-    gate_up_product,
-    quantize_rows,
-    sum_parts,
-)
+from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, INT4, WIDE
+from plugins_trt.expert_ffn.products import down_product, gate_up_product, quantize_rows, sum_parts
 from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles, weight_tiles
 from plugins_trt.gpu import gpu_of
 
@@ -83,6 +76,39 @@ def expert_ffn_fp8(
     return mixture(x, expert_ids, expert_weights, weights, tiles)
 
 
+def expert_ffn_int4(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up_packed: Tensor,
+    gate_up_scale: Tensor,
+    down_packed: Tensor,
+    down_scale: Tensor,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """`expert_ffn` with 4-bit weights: codes -8..7 times a scale for each group of 32 columns of a row.
+
+    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `j` holds column `j` in its low half and
+    column `j + 16` in its high half. A weight is rounded to the dtype of `x` before it is multiplied.
+
+    Args:
+        x: token states, `[T, H]`.
+        expert_ids: `[T, K]` int64.
+        expert_weights: `[T, K]`.
+        gate_up_packed: `[E, 2I, H / 2]` uint8; H a multiple of 32.
+        gate_up_scale: `[E, 2I, H / 32]` in the dtype of `x`.
+        down_packed: `[E, H, I / 2]` uint8; I a multiple of 32.
+        down_scale: `[E, H, I / 32]` in the dtype of `x`.
+        tiles: tile sizes in place of the table's.
+
+    Returns:
+        `[T, H]` in the dtype of `x`.
+    """
+    weights = ExpertWeights(gate_up_packed, gate_up_scale, down_packed, down_scale)
+    return mixture(x, expert_ids, expert_weights, weights, tiles)
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """One layer's experts: both matrices in one encoding, with scales where it has any."""
@@ -94,10 +120,18 @@ class ExpertWeights:
     dynamic_activations: bool = False
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Experts, hidden size and intermediate size."""
+        experts, hidden_size, _ = self.down.shape
+        return experts, hidden_size, self.gate_up.shape[1] // 2
+
+    @property
     def encoding(self) -> int:
         """How the products read the weights, as `products.py` names it."""
         if self.gate_up_scale is None:
             return int(WIDE.value)
+        if self.gate_up.dtype == torch.uint8:
+            return int(INT4.value)
         return int((E4M3_DOT if self.dynamic_activations else E4M3_BITS).value)
 
 
@@ -107,7 +141,7 @@ def mixture(
     """`expert_ffn` for weights of any encoding."""
     if x.shape[0] == 0:
         return torch.empty_like(x)
-    experts, top_k = weights.down.shape[0], expert_ids.shape[1]
+    experts, top_k = weights.sizes[0], expert_ids.shape[1]
     tiles = tiles or choose_tiles(expert_ids.numel() / experts, x.element_size(), gpu_of(x.device))
     plan = dispatch(expert_ids.contiguous(), experts, tiles.block_rows)
     hidden = gated_states(x.contiguous(), plan, weights, tiles.gate_up, top_k)
@@ -117,7 +151,7 @@ def mixture(
 
 def gated_states(x: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, top_k: int) -> Tensor:
     """`gelu_tanh(gate(x)) * up(x)` of every pair, `[blocks * block_rows, I]` in the plan's order."""
-    hidden_size, intermediate = weights.down.shape[1:]
+    _, hidden_size, intermediate = weights.sizes
     states, scale = _quantized(x, None) if weights.dynamic_activations else (x, None)
     hidden = torch.empty(plan.rows.numel(), intermediate, dtype=x.dtype, device=x.device)
     gate_up_product[(plan.blocks * weight_tiles(intermediate, product),)](
@@ -132,7 +166,7 @@ def weighted_parts(
     hidden: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, expert_weights: Tensor
 ) -> Tensor:
     """`weight * down(hidden)` of every pair, `[pairs, H]` in the order of the pairs."""
-    hidden_size, intermediate = weights.down.shape[1:]
+    _, hidden_size, intermediate = weights.sizes
     states, scale = _quantized(hidden, plan) if weights.dynamic_activations else (hidden, None)
     parts = torch.empty(plan.pairs, hidden_size, dtype=hidden.dtype, device=hidden.device)
     down_product[(plan.blocks * weight_tiles(hidden_size, product),)](

@@ -14,42 +14,57 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-WIDE = tl.constexpr(0)
-"""Weights in the dtype of the activations."""
-E4M3_BITS = tl.constexpr(1)
-"""Weights are bits of float8_e4m3fn in uint8, decoded to the dtype of the activations; a float32 scale a row."""
-E4M3_DOT = tl.constexpr(2)
-"""Weights and activations are float8_e4m3fn, a float32 scale a weight row and one a token."""
-
-TWO_TO_120 = tl.constexpr(2.0**120)
-"""Between the exponents' bias of float8_e4m3fn, 7, and that of float32 and bfloat16, 127."""
+from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, GROUP, INT4, decode_e4m3, decode_int4, round_to_e4m3
 
 
 @triton.jit
-def decode_e4m3(bits, like):
-    """Exact value of float8_e4m3fn bits in the dtype of `like`.
+def row_products(
+    states, weights, scales, BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
+    SIZE: tl.constexpr, DEPTH: tl.constexpr, ENCODING: tl.constexpr,
+):  # fmt: skip
+    """Products of every weight row with every state row, float32 `[WEIGHT_ROWS, BLOCK_ROWS]`.
 
-    Sign and the other seven bits are moved into place, then the exponents' bias is mended by a product, which also
-    serves the subnormal numbers. Works where the GPU knows no float8.
+    `states` and `weights` point to the first of `SIZE` columns of each row, `scales` to each row's first group scale
+    where the weights have 4 bits.
     """
-    if like.dtype == tl.float32:
-        word = bits.to(tl.uint32)
-        weights = (((word & 0x80) << 24) | ((word & 0x7F) << 20)).to(tl.float32, bitcast=True) * TWO_TO_120
+    sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
+    if ENCODING == INT4:
+        byte = tl.arange(0, DEPTH // 2)
+        low = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)
+        group = tl.arange(0, DEPTH // GROUP)
+        for start in range(0, SIZE, DEPTH):
+            # Columns past the end: whatever their weights are, their states are zero.
+            inside = start + low < SIZE
+            low_states = tl.load(states[None, :] + (start + low)[:, None], mask=inside[:, None], other=0.0)
+            high_states = tl.load(
+                states[None, :] + (low + GROUP // 2 + start)[:, None], mask=inside[:, None], other=0.0
+            )
+            codes = tl.load(
+                weights[:, None] + (byte + start // 2)[None, :], mask=inside[None, :], other=0,
+                eviction_policy="evict_first",
+            )  # fmt: skip
+            known = group + start // GROUP < SIZE // GROUP
+            scale = tl.load(scales[:, None] + (group + start // GROUP)[None, :], mask=known[None, :], other=0.0)
+            low_weights, high_weights = decode_int4(codes, scale, low_states)
+            sums = tl.dot(low_weights, low_states, sums, input_precision="ieee")
+            sums = tl.dot(high_weights, high_states, sums, input_precision="ieee")
     else:
-        half = bits.to(tl.uint16)
-        if like.dtype == tl.float16:
-            weights = (((half & 0x80) << 8) | ((half & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0
-        else:
-            weights = (((half & 0x80) << 8) | ((half & 0x7F) << 4)).to(tl.bfloat16, bitcast=True) * TWO_TO_120
-    return weights
-
-
-@triton.jit
-def multiply(weights, states, sums, ENCODING: tl.constexpr):
-    """`sums + weights @ states` with float32 sums, `weights [R, D]` in their encoding, `states [D, B]`."""
-    if ENCODING == E4M3_BITS:
-        weights = decode_e4m3(weights, states)
-    return tl.dot(weights, states, sums, input_precision="ieee")
+        column = tl.arange(0, DEPTH)
+        for start in range(0, SIZE, DEPTH):
+            if SIZE % DEPTH == 0:
+                some_states = tl.load(states[None, :] + (start + column)[:, None])
+                some_weights = tl.load(weights[:, None] + (start + column)[None, :], eviction_policy="evict_first")
+            else:
+                inside = start + column < SIZE
+                some_states = tl.load(states[None, :] + (start + column)[:, None], mask=inside[:, None], other=0.0)
+                some_weights = tl.load(
+                    weights[:, None] + (start + column)[None, :], mask=inside[None, :], other=0.0,
+                    eviction_policy="evict_first",
+                )  # fmt: skip
+            if ENCODING == E4M3_BITS:
+                some_weights = decode_e4m3(some_weights, some_states)
+            sums = tl.dot(some_weights, some_states, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -61,46 +76,37 @@ def gate_up_product(
     """`HIDDEN[row] = gelu_tanh(gate @ x) * (up @ x)` for a block of rows, in the order of the dispatch plan."""
     tiles: tl.constexpr = (INTERMEDIATE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     block = tl.program_id(0) // tiles
-    expert = tl.load(BLOCK_EXPERT + block)
+    expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
     if expert < 0:
         return
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     pair = tl.load(ROWS + row)
     token = tl.minimum(pair, pairs - 1) // TOP_K
-    channel = (tl.program_id(0) % tiles) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
-    # Rows past the last one read it again, which is cheaper than a mask, and are not stored.
-    readable = channel if INTERMEDIATE % WEIGHT_ROWS == 0 else tl.minimum(channel, INTERMEDIATE - 1)
-    column = tl.arange(0, DEPTH)
 
-    x = X + token.to(tl.int64)[None, :] * HIDDEN_SIZE + column[:, None]
-    gate = GATE_UP + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN_SIZE) + readable[:, None] * HIDDEN_SIZE + column
-    gate_sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
-    up_sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
-    for start in range(0, HIDDEN_SIZE, DEPTH):
-        if HIDDEN_SIZE % DEPTH == 0:
-            states = tl.load(x + start)
-            gate_weights = tl.load(gate + start, eviction_policy="evict_first")
-            up_weights = tl.load(gate + start + INTERMEDIATE * HIDDEN_SIZE, eviction_policy="evict_first")
-        else:
-            inside = start + column < HIDDEN_SIZE
-            states = tl.load(x + start, mask=inside[:, None], other=0.0)
-            gate_weights = tl.load(gate + start, mask=inside[None, :], other=0.0)
-            up_weights = tl.load(gate + start + INTERMEDIATE * HIDDEN_SIZE, mask=inside[None, :], other=0.0)
-        gate_sums = multiply(gate_weights, states, gate_sums, ENCODING)
-        up_sums = multiply(up_weights, states, up_sums, ENCODING)
-
-    if ENCODING != WIDE:
-        scale = GATE_UP_SCALE + expert * (2 * INTERMEDIATE) + readable
-        gate_sums *= tl.load(scale)[:, None]
-        up_sums *= tl.load(scale + INTERMEDIATE)[:, None]
+    # Gate rows and their up rows in one tile. Rows past the last one read it again, which is cheaper than a mask.
+    first = (tl.program_id(0) % tiles) * WEIGHT_ROWS
+    lane = tl.arange(0, 2 * WEIGHT_ROWS)
+    channel = first + lane % WEIGHT_ROWS
+    if INTERMEDIATE % WEIGHT_ROWS != 0:
+        channel = tl.minimum(channel, INTERMEDIATE - 1)
+    weight_row = expert * (2 * INTERMEDIATE) + channel + lane // WEIGHT_ROWS * INTERMEDIATE
+    states = X + token.to(tl.int64) * HIDDEN_SIZE
+    if ENCODING == INT4:
+        weights, scales = GATE_UP + weight_row * (HIDDEN_SIZE // 2), GATE_UP_SCALE + weight_row * (HIDDEN_SIZE // GROUP)
+    else:
+        weights, scales = GATE_UP + weight_row * HIDDEN_SIZE, 0
+    sums = row_products(states, weights, scales, BLOCK_ROWS, 2 * WEIGHT_ROWS, HIDDEN_SIZE, DEPTH, ENCODING)
+    if ENCODING >= E4M3_BITS:
+        sums *= tl.load(GATE_UP_SCALE + weight_row)[:, None]
     if ENCODING == E4M3_DOT:
-        state_scale = tl.load(X_SCALE + token)[None, :]
-        gate_sums *= state_scale
-        up_sums *= state_scale
+        sums *= tl.load(X_SCALE + token)[None, :]
+
+    gate, up = tl.split(tl.permute(tl.reshape(sums, [2, WEIGHT_ROWS, BLOCK_ROWS]), [1, 2, 0]))
     # gelu_tanh(g) = g * (1 + tanh(z)) / 2 = g * sigmoid(2z), z = sqrt(2 / pi) * (g + 0.044715 g^3) (Hendrycks and
     # Gimpel, Gaussian Error Linear Units, 2016).
-    twice = 1.5957691216057308 * (gate_sums + 0.044715 * gate_sums * gate_sums * gate_sums)
-    hidden = gate_sums / (1.0 + tl.exp(-twice)) * up_sums
+    twice = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    hidden = gate / (1.0 + tl.exp(-twice)) * up
+    channel = first + tl.arange(0, WEIGHT_ROWS)
     place = HIDDEN + row.to(tl.int64)[None, :] * INTERMEDIATE + channel[:, None]
     stored = (pair < pairs)[None, :] & (channel < INTERMEDIATE)[:, None]
     tl.store(place, hidden.to(HIDDEN.dtype.element_ty), mask=stored)
@@ -115,35 +121,30 @@ def down_product(
     """`PARTS[pair] = expert_weight * (down @ HIDDEN[row])` for a block of rows, in the order of the pairs."""
     tiles: tl.constexpr = (HIDDEN_SIZE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     block = tl.program_id(0) // tiles
-    expert = tl.load(BLOCK_EXPERT + block)
+    expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
     if expert < 0:
         return
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     pair = tl.load(ROWS + row)
-    channel = (tl.program_id(0) % tiles) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
-    readable = channel if HIDDEN_SIZE % WEIGHT_ROWS == 0 else tl.minimum(channel, HIDDEN_SIZE - 1)
-    column = tl.arange(0, DEPTH)
 
-    hidden = HIDDEN + row.to(tl.int64)[None, :] * INTERMEDIATE + column[:, None]
-    down = DOWN + expert.to(tl.int64) * (HIDDEN_SIZE * INTERMEDIATE) + readable[:, None] * INTERMEDIATE + column
-    sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
-    for start in range(0, INTERMEDIATE, DEPTH):
-        if INTERMEDIATE % DEPTH == 0:
-            states = tl.load(hidden + start)
-            weights = tl.load(down + start, eviction_policy="evict_first")
-        else:
-            inside = start + column < INTERMEDIATE
-            states = tl.load(hidden + start, mask=inside[:, None], other=0.0)
-            weights = tl.load(down + start, mask=inside[None, :], other=0.0)
-        sums = multiply(weights, states, sums, ENCODING)
+    channel = (tl.program_id(0) % tiles) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
+    weight_row = expert * HIDDEN_SIZE + channel
+    if HIDDEN_SIZE % WEIGHT_ROWS != 0:
+        weight_row = expert * HIDDEN_SIZE + tl.minimum(channel, HIDDEN_SIZE - 1)
+    states = HIDDEN + row.to(tl.int64) * INTERMEDIATE
+    if ENCODING == INT4:
+        weights, scales = DOWN + weight_row * (INTERMEDIATE // 2), DOWN_SCALE + weight_row * (INTERMEDIATE // GROUP)
+    else:
+        weights, scales = DOWN + weight_row * INTERMEDIATE, 0
+    sums = row_products(states, weights, scales, BLOCK_ROWS, WEIGHT_ROWS, INTERMEDIATE, DEPTH, ENCODING)
 
     stored = pair < pairs
     factor = tl.load(EXPERT_WEIGHTS + pair, mask=stored, other=0.0).to(tl.float32)
     if ENCODING == E4M3_DOT:
         factor *= tl.load(HIDDEN_SCALE + row, mask=stored, other=0.0)
+    if ENCODING >= E4M3_BITS:
+        sums *= tl.load(DOWN_SCALE + weight_row)[:, None]
     sums *= factor[None, :]
-    if ENCODING != WIDE:
-        sums *= tl.load(DOWN_SCALE + expert * HIDDEN_SIZE + readable)[:, None]
     place = PARTS + pair.to(tl.int64)[None, :] * HIDDEN_SIZE + channel[:, None]
     tl.store(place, sums.to(PARTS.dtype.element_ty), mask=stored[None, :] & (channel < HIDDEN_SIZE)[:, None])
 
@@ -170,6 +171,7 @@ def quantize_rows(STATES, CODES, SCALE, ROWS, pairs, SIZE: tl.constexpr, PADDED:
             return
     column = tl.arange(0, PADDED)
     states = tl.load(STATES + row * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(states), axis=0), 1e-30) / 448.0
-    tl.store(CODES + row * SIZE + column, (states / scale).to(CODES.dtype.element_ty), mask=column < SIZE)
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(states), axis=0), 1e-30), tl.full([], 448.0, tl.float32))
+    codes = round_to_e4m3(tl.div_rn(states, tl.broadcast_to(scale, [PADDED])))
+    tl.store(CODES + row * SIZE + column, codes.to(CODES.dtype.element_ty), mask=column < SIZE)
     tl.store(SCALE + row, scale)
