@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from export.checkpoint import stored_name
 from export.config import LayerConfig, ModelConfig
 from export.model import Readouts, Rows, StepModel, derived_constants
+from export.quantized_model import quantize_modules
 from export.weights import Precision
 from plugins_trt.torch_operations import REGISTERED
 from runtime.bundle import ProgramRecord
@@ -36,7 +37,7 @@ def export_program(config: ModelConfig, precision: Precision) -> tuple[ExportedP
     """
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with fake, _default_dtype(precision.torch_dtype):
-        model = StepModel(config, REGISTERED).eval()
+        model = quantize_modules(StepModel(config, REGISTERED), precision).eval()
         example, shapes = _example(config, precision.torch_dtype)
     # One element each instead of none: a constant that is a number is stored as a list like the others.
     constants = {name: value.flatten() for name, value in derived_constants(config).items()}
@@ -64,6 +65,8 @@ def write_program(path: Path, program: ExportedProgram) -> None:
 class _Flat(nn.Module):
     """The step with everything it computes from as one flat list of inputs."""
 
+    _model: StepModel
+
     def __init__(self, model: StepModel, parameters: tuple[str, ...]) -> None:
         super().__init__()
         # Not registered as a submodule: its own parameters would then be traced beside those handed in.
@@ -87,8 +90,8 @@ def _example(config: ModelConfig, dtype: torch.dtype) -> tuple[dict[str, Tensor]
     dims = {name: Dim(name) for name in sizes}
     example, shapes = {}, {}
     for name, axes, kind in _inputs(config, dtype):
-        example[name] = torch.zeros([sizes.get(axis, axis) for axis in axes], dtype=kind)  # type: ignore[call-overload]
-        shapes[name] = {i: dims[axis] for i, axis in enumerate(axes) if axis in dims}
+        example[name] = torch.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in axes], dtype=kind)
+        shapes[name] = {i: dims[axis] for i, axis in enumerate(axes) if isinstance(axis, str)}
     return example, shapes
 
 

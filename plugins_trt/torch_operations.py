@@ -93,19 +93,19 @@ _REGISTRATIONS = (
     _Registration("quantized_linear", "linear_fp8(Tensor x, Tensor weight, Tensor scale) -> Tensor", _product),
 )
 
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
 def _register(registration: _Registration) -> Callable[..., Any]:
     """Register an operation and return it."""
-    _LIBRARY.define(registration.schema)
-    _LIBRARY.impl(registration.name, registration.run_reference, "CPU")
-    _LIBRARY.impl(registration.name, registration.run_kernel, "CUDA")
+    _LIBRARY.define(registration.schema)  # type: ignore[no-untyped-call]
+    for device, face in (("CPU", registration.run_reference), ("CUDA", registration.run_kernel)):
+        _LIBRARY.impl(registration.name, face, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"{NAMESPACE}::{registration.name}", registration.results, lib=_LIBRARY)
     operation: Callable[..., Any] = getattr(torch.ops.dgemma, registration.name).default
     return operation
 
 
 _OPERATIONS = {registration.name: _register(registration) for registration in _REGISTRATIONS}
-REGISTERED = Operations(**{name: _OPERATIONS[name] for name in Operations.__dataclass_fields__ if name in _OPERATIONS})
+REGISTERED = Operations(**_OPERATIONS)
 """What a model is written against to be exported as a program."""

@@ -3,11 +3,11 @@
 Weights, K/V pool, self-conditioning states and readout stay on the device; the host hands over token ids, page tables
 and uniform numbers, and reads back two ids and an entropy a position.
 
-What a result depends on: on the CPU rows run one after the other, so never on a row's neighbours. On a GPU the rows of a
-call share its matrix products, whose tiling follows from how many rows there are, and attention is split by the longest
-prefix of the call: the same rows in a call of the same size give the same bits, and a row alone gives the same bits
-whatever ran before; between calls of different sizes results differ by rounding. `Options.batch = 1` buys back full
-independence at the price of reading the weights for every row.
+What a result depends on: on the CPU rows run one after the other, so never on a row's neighbours. On a GPU the rows of
+a call share its matrix products, whose tiling follows from how many rows there are, and attention is split by the
+longest prefix of the call: the same rows in a call of the same size give the same bits, and a row alone gives the same
+bits whatever ran before; between calls of different sizes results differ by rounding. `Options.batch = 1` buys back
+full independence at the price of reading the weights for every row.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental import _config as symbolic_shapes
 
 from runtime.bundle import STEP_PROGRAM, WEIGHTS, Bundle, LayerFacts, ModelFacts, ProgramRecord
 from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
-from runtime.engines.torch_calls import Buffer, Call, Fields, read
+from runtime.engines.torch_calls import Buffer, Call, read
 from runtime.engines.torch_program import Fill, Rewrites, Steps, bind
 from runtime.engines.torch_weights import WeightsFile
 from runtime.errors import BundleError
@@ -89,7 +90,8 @@ class TorchEngine:
         self.facts, self.pool = model.facts, options.geometry(model.facts)
         self._options, self._device = options, torch.device(options.device)
         self._cuda = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if self._cuda else None
+        self.stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
+        """Everything is launched on it."""
         self._graph_pool = torch.cuda.graph_pool_handle() if self._cuda and options.graphs else None
         self._calls: dict[tuple[Any, ...], Call] = {}
         try:
@@ -134,10 +136,16 @@ class TorchEngine:
                 readouts += self._denoise(rows[first : first + most])
         return readouts
 
+    def run_call(self, call: Call) -> None:
+        """Run a call whose inputs are written, and wait for its outputs; a benchmark may time what it does."""
+        call.run()
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def close(self) -> None:
         """Free the device's memory."""
         self._calls.clear()
-        del self._denoise_step, self._encode_step, self._keys, self._values, self._states
+        del self._denoise_step, self._encode_step, self.keys, self.values, self.states
         if self._cuda:
             torch.cuda.empty_cache()
 
@@ -145,13 +153,11 @@ class TorchEngine:
         facts, pool, device = self.facts, self.pool, self._device
         dtype = _state_dtype(model)
         # A page and a slot more than the scheduler knows: what padding tokens and warming up write goes there.
-        self._keys, self._values = (
-            [_empty_pool(layer, pool, dtype, device) for layer in facts.layers] for _ in range(2)
-        )
+        self.keys, self.values = ([_empty_pool(layer, pool, dtype, device) for layer in facts.layers] for _ in range(2))
         shape = (pool.canvas_slots + 1, facts.canvas_length, facts.hidden_size)
-        self._states = torch.zeros(shape, dtype=dtype, device=device)
-        inputs = {f"k_pool_{i}": keys for i, keys in enumerate(self._keys)}
-        inputs |= {f"v_pool_{i}": values for i, values in enumerate(self._values)}
+        self.states = torch.zeros(shape, dtype=dtype, device=device)
+        inputs = {f"k_pool_{i}": keys for i, keys in enumerate(self.keys)}
+        inputs |= {f"v_pool_{i}": values for i, values in enumerate(self.values)}
         inputs["guarded_ids"] = torch.tensor(model.end_token_ids, dtype=torch.int64, device=device)
         self._bind(bind(model.program, model.record, inputs, model.fill, device, self._options.rewrites))
 
@@ -163,7 +169,7 @@ class TorchEngine:
         self._encode_step, self._denoise_step = encode, denoise
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(self._stream) if self._cuda else nullcontext()
+        return torch.cuda.stream(self.stream) if self._cuda else nullcontext()
 
     def _encode(self, row: EncodeRow) -> None:
         length = len(row.token_ids)
@@ -180,8 +186,7 @@ class TorchEngine:
         host["full_slots"][:length] = self._slots_of(row.prefix.full_pages, row.start, length)
         host["sliding_slots"][length:] = self.pool.sliding_pages * self.pool.page_size
         host["full_slots"][length:] = self.pool.full_pages * self.pool.page_size
-        call.run()
-        self._synchronize()
+        self.run_call(call)
 
     def _denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
         tables = [self._tables(row.prefix, row.start) for row in rows]
@@ -196,14 +201,9 @@ class TorchEngine:
             host["start"][index], host["temperature"][index] = row.start, row.temperature
             host["first_step"][index], host["guard"][index] = row.first_step, row.guard_first
             host["slots"][index] = row.slot if index < len(rows) else self.pool.canvas_slots
-        call.run()
-        self._synchronize()
+        self.run_call(call)
         outputs = [read(call.outputs.host, index) for index in range(len(rows))]
         return [Readout(each["argmax_ids"], each["candidate_ids"], each["entropy"]) for each in outputs]
-
-    def _synchronize(self) -> None:
-        if self._stream is not None:
-            self._stream.synchronize()
 
     def _tables(self, prefix: Prefix, start: int) -> dict[str, Any]:
         """The pages that hold positions before `start` that the row can see, and where the first of them begins."""
@@ -261,7 +261,7 @@ class TorchEngine:
 
     def _warm(self, inputs: Buffer, outputs: Buffer, body: Callable[[Buffer, Buffer], None], graph_pool: Any) -> Call:
         # Batch sizes and page counts are sizes of their own, also where two happen to be equal when traced.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with symbolic_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             return Call(inputs, outputs, lambda: body(inputs, outputs), graph_pool)
 
     def _row_fields(self, batch: int, length: int, full_pages: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -280,12 +280,12 @@ class TorchEngine:
         slots = {True: fields.pop("sliding_slots"), False: fields.pop("full_slots")}
         new = self._encode_step(**fields)
         for index, layer in enumerate(self.facts.layers):
-            for pool, rows in ((self._keys, new[index]), (self._values, new[len(self.facts.layers) + index])):
+            for pool, rows in ((self.keys, new[index]), (self.values, new[len(self.facts.layers) + index])):
                 pool[index].flatten(0, 1).index_copy_(0, slots[layer.sliding], rows[0])
 
     def _run_denoise(self, inputs: Buffer, outputs: Buffer) -> None:
-        *readout, soft_embedding = self._denoise_step(states=self._states, **inputs.device)
-        self._states.index_copy_(0, inputs.device["slots"], soft_embedding)
+        *readout, soft_embedding = self._denoise_step(states=self.states, **inputs.device)
+        self.states.index_copy_(0, inputs.device["slots"], soft_embedding)
         for output, value in zip(outputs.device.values(), readout, strict=True):
             output.copy_(value)
 

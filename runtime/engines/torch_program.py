@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -172,7 +173,7 @@ class _Graph:
         graph.output(graph.graph_copy(self.graph, {}))
         _choose_kind(graph, denoise)
         output = graph.output_node()
-        results = output.args[0]
+        results = cast(tuple[fx.Node, ...], output.args[0])
         output.args = ((results[:_READOUT_OUTPUTS] if denoise else results[_READOUT_OUTPUTS:]),)
         graph.eliminate_dead_code()
         for node in graph.find_nodes(op="placeholder"):
@@ -182,7 +183,8 @@ class _Graph:
         return fx.GraphModule(root, graph, "DenoiseStep" if denoise else "EncodeStep")
 
     def _first_computation(self) -> fx.Node:
-        return next(node for node in self.graph.nodes if node.op != "placeholder")
+        node: fx.Node = next(node for node in self.graph.nodes if node.op != "placeholder")
+        return node
 
     def _merge_group(self, nodes: list[fx.Node]) -> None:
         first, rows = nodes[0], [node.args[1].meta["val"].shape[0] for node in nodes]  # type: ignore[union-attr]

@@ -32,7 +32,7 @@ class WeightsFile:
         largest = max((_bytes(record) for record in tensors.values()), default=1)
         size = max(1, min(CHUNK_BYTES, largest))
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
-        self._copied = [torch.cuda.Event() if self._cuda else None for _ in range(2)]
+        self._copied = [torch.cuda.Event() if self._cuda else None for _ in range(2)]  # type: ignore[no-untyped-call]
         self._next = 0
 
     def __enter__(self) -> WeightsFile:
@@ -60,7 +60,7 @@ class WeightsFile:
             raise BundleError(f"{self._path}: {name} is {record.dtype} {list(record.shape)}, not {asked}; export again")
         self._file.seek(record.offset)
         flat = tensor.view(torch.uint8).flatten() if tensor.dim() else tensor[None].view(torch.uint8)
-        for part in flat.split(len(self._buffers[0])):
+        for part in torch.split(flat, len(self._buffers[0])):
             self._copy_next(part)
 
     def _copy_next(self, part: Tensor) -> None:
@@ -81,7 +81,7 @@ def _bytes(record: TensorRecord) -> int:
 
 
 def _read_into(file: BinaryIO, buffer: Tensor, path: Path) -> None:
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy().data)
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
