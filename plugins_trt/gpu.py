@@ -18,7 +18,7 @@ class Gpu:
 
     @property
     def is_large(self) -> bool:
-        """Whether a block may have 227 KB of shared memory and the matrix units read it (Hopper, data-centre Blackwell)."""
+        """Whether a block may have 227 KB of shared memory, which the matrix units read (Hopper, Blackwell B200)."""
         return self.capability // 10 in (9, 10)
 
 

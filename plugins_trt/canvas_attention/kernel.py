@@ -66,8 +66,8 @@ def canvas_attention(
         kv_start, kv_end: half-open interval of each token, `[B, S]` int64; never empty.
 
     Returns:
-        `[B, S, heads, D]`, in the query's dtype. Products take the inputs as they are and sum in float32, as do the
-        softmax and its sums; its weights, and the results of splits that fit one chunk, are rounded to the query's dtype.
+        `[B, S, heads, D]`, in the query's dtype. Products take the inputs as they are and sum in float32, as does the
+        softmax; its weights, and the results of splits that fit one chunk, are rounded to the query's dtype.
     """
     call = _Call(
         *(tensor.contiguous() for tensor in (query, key, value, key_pool, value_pool, page_table)),
@@ -195,9 +195,9 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu) -
         )  # fmt: skip
         gather[(blocks * bands, splits, B * call.kv_heads)](
             call.value, call.value_pool, call.page_table, *call.visibility, weights, statistics, partial,
-            totals[1 - index % 2], totals[index % 2], index * chunk, chunk, B, **call.sizes, FIRST=index == 0, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-            BLOCK_K=gather_tiles.step, BLOCK_D=gather_tiles.columns, num_warps=gather_tiles.warps,
-            num_stages=gather_tiles.stages,
+            totals[1 - index % 2], totals[index % 2], index * chunk, chunk, B, **call.sizes, FIRST=index == 0,
+            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=gather_tiles.step, BLOCK_D=gather_tiles.columns,
+            num_warps=gather_tiles.warps, num_stages=gather_tiles.stages,
         )  # fmt: skip
     return partial[0] if splits == 1 and chunks == 1 else _merged(call, partial, totals[(chunks - 1) % 2])
 
@@ -256,7 +256,7 @@ def _rows_of(POOL, OWN, PAGE_TABLE, in_pool, first, index, position, PAGE: tl.co
         page = tl.load(PAGE_TABLE + first // PAGE, mask=in_pool, other=0)
         pooled = POOL + (page * PAGE + first % PAGE) * STRIDE
         return tl.where(in_pool, pooled, OWN + first * STRIDE) + tl.arange(0, BLOCK) * STRIDE
-    else:
+    else:  # noqa: RET505 (the branch is chosen when compiling, and this one must not be compiled then)
         page = tl.load(PAGE_TABLE + index // PAGE, mask=tl.where(in_pool, position, -1) >= 0, other=0)
         pooled = POOL + (page * PAGE + index % PAGE) * STRIDE
         return tl.where(in_pool, pooled, OWN + index * STRIDE)
@@ -380,7 +380,7 @@ def gather(
     b, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
-    base, start, begin, end, first_cached, cached, first_own, count = _visible_tiles(
+    base, start, _begin, _end, first_cached, cached, first_own, count = _visible_tiles(
         PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
     )
     d = band * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -216,7 +216,7 @@ def choose(
     tl.store(FACTORS + row, embedding_scale / total)
     share = tl.load(UNIFORM + row) * total
     block, before = _first_above(sums, share, BLOCKS)
-    token, logits = _logits_of(LOGITS, GUARD, GUARDED_IDS, guarded, S, row, block, V, BLOCK)
+    _token, logits = _logits_of(LOGITS, GUARD, GUARDED_IDS, guarded, S, row, block, V, BLOCK)
     weights, _ = _weights_of(logits, largest, softcap, tl.load(TEMPERATURE + row // S))
     index, _ = _first_above(weights, share - before, BLOCK)
     tl.store(CANDIDATE_IDS + row, (block * BLOCK + index).to(tl.int64))
