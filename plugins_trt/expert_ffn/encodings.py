@@ -58,7 +58,7 @@ def round_to_e4m3(states):
 
 @triton.jit
 def decode_int4(codes, scale, like):
-    """Weights of the low and of the high halves of `codes [R, D / 2]` by `scale [R, D / 32]`, in the dtype of `like`."""
+    """Weights of the low and the high halves of `codes [R, D / 2]` by `scale [R, D / 32]`, in the dtype of `like`."""
     rows: tl.constexpr = codes.shape[0]
     groups: tl.constexpr = scale.shape[1]
     factor = tl.broadcast_to(scale.to(like.dtype)[:, :, None], [rows, groups, GROUP // 2])
