@@ -15,6 +15,7 @@ from export.checkpoint import Checkpoint
 from export.config import ModelConfig
 from export.onnx_graph import input_names, output_names, trace_step
 from export.program import export_program, write_program
+from export.quantization import store
 from export.staging import staged_directory
 from export.verification import verify
 from export.weights import Precision, place, point_to, write_weights
@@ -60,8 +61,8 @@ def write_bundle(
         checkpoint: what to export.
         out: the directory to make.
         name: how clients will name the model.
-        precision: of weights and states.
-        program: also write the exported program, for the torch engine.
+        precision: of weights and states; a quantised one gets no step graph, for ONNX has no such operations.
+        program: also write the exported program, for the torch engine; a quantised bundle always has it.
         force: replace a bundle that is already at `out`.
         report: told the progress.
 
@@ -71,15 +72,14 @@ def write_bundle(
     """
     _check_target(out, force)
     with staged_directory(out) as staging:
-        expert_body = _choose_body(checkpoint.config)
-        report("tracing", 0.0)
-        graph = trace_step(checkpoint.config, expert_body, precision.torch_dtype)
-        report("tracing", 1.0)
+        expert_body = None if precision.is_quantized else _choose_body(checkpoint.config)
+        graph = None if expert_body is None else _trace(checkpoint.config, expert_body, precision, report)
         weights, tensors = _write_weights(staging, graph, checkpoint, precision, report)
         files, program_record = {WEIGHTS: weights}, None
-        ir.save(graph, staging / STEP_GRAPH)
+        if graph is not None:
+            ir.save(graph, staging / STEP_GRAPH)
         _copy_texts(staging, checkpoint)
-        if program:
+        if program or graph is None:
             report("exporting the program", 0.0)
             exported, program_record = export_program(checkpoint.config, precision)
             write_program(staging / STEP_PROGRAM, exported)
@@ -97,8 +97,8 @@ def write_bundle(
             generation=checkpoint.generation,
             graph_inputs=input_names(checkpoint.config),
             graph_outputs=output_names(checkpoint.config),
-            operator_versions=dict(graph.opset_imports),
-            expert_body=expert_body.value,
+            operator_versions={} if graph is None else dict(graph.opset_imports),
+            expert_body=None if expert_body is None else expert_body.value,
             source=checkpoint.directory.resolve().name,
             source_sha256=_hash_sources(checkpoint, report),
             exporter={package: importlib.metadata.version(package) for package in _PACKAGES},
@@ -142,13 +142,22 @@ def _choose_body(config: ModelConfig) -> ExpertBody:
     return choose_body(config.experts, config.top_k_experts, len(config.layers) * config.experts * matrices)
 
 
+def _trace(config: ModelConfig, expert_body: ExpertBody, precision: Precision, report: Report) -> ir.Model:
+    report("tracing", 0.0)
+    graph = trace_step(config, expert_body, precision.torch_dtype)
+    report("tracing", 1.0)
+    return graph
+
+
 def _write_weights(
-    staging: Path, graph: ir.Model, checkpoint: Checkpoint, precision: Precision, report: Report
+    staging: Path, graph: ir.Model | None, checkpoint: Checkpoint, precision: Precision, report: Report
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
     """The weights file, and where each tensor lies in it."""
-    placements = place(checkpoint.tensors, precision)
-    for name, placement in placements.items():
-        point_to(graph.graph.initializers[name], placement, WEIGHTS)
+    sources = store(checkpoint.tensors, precision)
+    placements = place(sources)
+    if graph is not None:
+        for name, placement in placements.items():
+            point_to(graph.graph.initializers[name], placement, WEIGHTS)
     total, done = sum(placement.bytes for placement in placements.values()), 0
 
     def advance(count: int) -> None:
@@ -156,9 +165,9 @@ def _write_weights(
         done += count
         report("writing weights", done / total)
 
-    record = write_weights(staging / WEIGHTS, checkpoint.tensors, placements, precision, advance)
+    record = write_weights(staging / WEIGHTS, sources, placements, advance)
     return record, {
-        name: TensorRecord(placement.offset, precision.value, checkpoint.tensors[name].shape)
+        name: TensorRecord(placement.offset, str(placement.dtype).removeprefix("torch."), placement.shape)
         for name, placement in placements.items()
     }
 

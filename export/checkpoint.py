@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from export.compressed_tensors import Fp8Tensor, assemble, is_compressed
 from export.config import ModelConfig, read_config
 from export.generation_config import read_generation_defaults
 from export.model import StepModel
-from export.tensor_file import StoredTensor, read_header
+from export.tensor_file import StoredTensor, WeightTensor, read_header
 from runtime.bundle import CHAT_TEMPLATE, TOKENIZER, GenerationDefaults
 from runtime.errors import CheckpointError
 
@@ -29,7 +30,7 @@ class Checkpoint:
     directory: Path
     config: ModelConfig
     generation: GenerationDefaults
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, WeightTensor]
     """The step model's parameters by their name in the checkpoint."""
     skipped: tuple[str, ...]
     """Names of stored tensors that the step model has no use for: the vision tower, tied copies."""
@@ -40,7 +41,7 @@ class Checkpoint:
         """The files the checkpoint was read from, in order of their names."""
         texts = ("config.json", "generation_config.json", TOKENIZER, "tokenizer_config.json", CHAT_TEMPLATE, INDEX)
         present = {path for name in texts if (path := self.directory / name).is_file()}
-        return tuple(sorted(present | {tensor.path for tensor in self.tensors.values()}))
+        return tuple(sorted(present | {path for tensor in self.tensors.values() for path in tensor.paths}))
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -54,7 +55,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not (directory / TOKENIZER).is_file():
         raise CheckpointError(f"{directory / TOKENIZER}: is missing; save the tokenizer beside the model")
     stored, faults, lost = _stored_tensors(directory)
-    tensors, skipped, mismatches = _match(dict(expected_tensors(config)), stored, lost)
+    expected, assembled = dict(expected_tensors(config)), dict[str, StoredTensor | Fp8Tensor](stored)
+    if is_compressed(directory):
+        assembled, broken = assemble(expected, stored)
+        faults += [fault for each in broken.values() for fault in each if fault.partition(":")[0] not in lost]
+        lost |= broken.keys()
+    tensors, skipped, mismatches = _match(expected, assembled, lost)
     _complain(directory, [*faults, *mismatches])
     return Checkpoint(
         directory,
@@ -130,8 +136,8 @@ def _index_files(path: Path) -> dict[str, set[str]]:
 
 
 def _match(
-    expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor], lost: set[str]
-) -> tuple[dict[str, StoredTensor], tuple[str, ...], list[str]]:
+    expected: dict[str, tuple[int, ...]], stored: Mapping[str, StoredTensor | Fp8Tensor], lost: set[str]
+) -> tuple[dict[str, WeightTensor], tuple[str, ...], list[str]]:
     faults, skipped = [f"{name}: is missing" for name in expected.keys() - stored.keys() - lost], []
     for name, tensor in stored.items():
         if name not in expected:
@@ -141,7 +147,7 @@ def _match(
                 faults.append(f"{name}: is surplus")
         elif tensor.shape != expected[name]:
             faults.append(f"{name}: has shape {list(tensor.shape)} where config.json calls for {list(expected[name])}")
-        elif not tensor.is_float:
+        elif isinstance(tensor, StoredTensor) and not tensor.is_float:
             faults.append(f"{name}: has dtype {tensor.dtype}; only F64, F32, F16 and BF16 are read")
     return {name: stored[name] for name in expected if name in stored}, tuple(sorted(skipped)), sorted(faults)
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(["float32", "float16", "bfloat16", "fp8", "int4"]),
     default="float32",
     show_default=True,
-    help="What weights and states are stored and computed in; ONNX Runtime on a CPU needs float32.",
+    help="What weights and states are stored and computed in; ONNX Runtime on a CPU needs float32. In fp8 the experts "
+    "and the layers' linears are 8-bit floats, in int4 the experts have 4 bits; both need the torch engine.",
 )
 @click.option("--name", help="How clients name the model; by default the checkpoint directory's name.")
 @click.option(
@@ -89,7 +90,8 @@ def _progress() -> Iterator[Report]:
 
 def _print_summary(manifest: Manifest, out: Path) -> None:
     size = sum(record.bytes for record in manifest.files.values()) / 1e6
-    click.echo(f"{out}: {manifest.model.name}, {manifest.precision}, {size:.1f} MB, experts {manifest.expert_body}")
+    parts = "exported program alone" if manifest.expert_body is None else f"experts {manifest.expert_body}"
+    click.echo(f"{out}: {manifest.model.name}, {manifest.precision}, {size:.1f} MB, {parts}")
     if manifest.verification is None:
         click.echo(f"not verified: {manifest.unverified}")
         return

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,51 @@ _ITEM_BYTES = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READABLE = _FLOATS | {"F8_E4M3": torch.float8_e4m3fn}
+"""8-bit floats mean something only together with their scales, so they are no plain floats."""
+
+
+class WeightTensor(Protocol):
+    """A tensor of numbers that stand for themselves, read a bounded chunk at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files it is read from."""
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Its values in order, flat, a bounded number at a time; raises CheckpointError where a file ends early."""
+
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """All of it in memory, as `dtype`."""
+
+
+def load(tensor: WeightTensor, dtype: torch.dtype) -> Tensor:
+    """All of a tensor in memory, as `dtype`."""
+    flat = torch.empty(tensor.elements, dtype=dtype)
+    done = 0
+    for chunk in tensor.chunks():
+        flat[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    return flat.view(tensor.shape)
+
+
+def whole_rows(tensor: WeightTensor) -> Iterator[Tensor]:
+    """A tensor's values as rows `[n, K]` of its last dimension, about a chunk at a time."""
+    width, left = tensor.shape[-1], None
+    for chunk in tensor.chunks():
+        joined = chunk if left is None else torch.cat([left, chunk])
+        whole = len(joined) // width * width
+        if whole:
+            yield joined[:whole].view(-1, width)
+        left = joined[whole:]
 
 
 @dataclass(frozen=True)
@@ -47,13 +92,18 @@ class StoredTensor:
         return math.prod(self.shape)
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """The file it is in."""
+        return (self.path,)
+
+    @property
     def bytes(self) -> int:
         """Length in the file."""
         return self.elements * _ITEM_BYTES[self.dtype]
 
     @property
     def is_float(self) -> bool:
-        """Whether `chunks` and `load` can read it."""
+        """Whether its values stand for themselves, so that it can be read without others."""
         return self.dtype in _FLOATS
 
     def chunks(self) -> Iterator[Tensor]:
@@ -70,16 +120,11 @@ class StoredTensor:
                 if file.readinto(block) != len(block):
                     raise CheckpointError(f"{self.path}: ends inside a tensor; was it changed during the export?")
                 left -= len(block)
-                yield torch.frombuffer(block, dtype=_FLOATS[self.dtype])
+                yield torch.frombuffer(block, dtype=_READABLE[self.dtype])
 
     def load(self, dtype: torch.dtype) -> Tensor:
         """All of it in memory, as `dtype`."""
-        flat = torch.empty(self.elements, dtype=dtype)
-        done = 0
-        for chunk in self.chunks():
-            flat[done : done + len(chunk)] = chunk
-            done += len(chunk)
-        return flat.view(self.shape)
+        return load(self, dtype)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -1,18 +1,19 @@
-"""The bundle's weights file, streamed from the checkpoint a chunk at a time."""
+"""The bundle's weights file, streamed a chunk at a time."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
-from export.tensor_file import StoredTensor
 from runtime.bundle import FileRecord
 
 _ALIGNMENT = 4096
@@ -25,12 +26,40 @@ class Precision(Enum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
     BFLOAT16 = "bfloat16"
+    FP8 = "fp8"
+    """Experts and the layers' linears in 8-bit floats, the rest and the states in bfloat16."""
+    INT4 = "int4"
+    """Experts in 4 bits, the layers' linears in 8-bit floats, the rest and the states in bfloat16."""
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some weights are codes with scales."""
+        return self in (Precision.FP8, Precision.INT4)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """PyTorch's name of it."""
-        dtype: torch.dtype = getattr(torch, self.value)
+        """PyTorch's name of what the states and the weights that are no codes are stored in."""
+        dtype: torch.dtype = torch.bfloat16 if self.is_quantized else getattr(torch, self.value)
         return dtype
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the weights file, made while it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[Tensor]]
+    """Its values in order, flat, of `dtype`, a bounded number at a time."""
+
+    @property
+    def bytes(self) -> int:
+        """Length in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def load(self) -> Tensor:
+        """All of it in memory."""
+        return torch.cat(list(self.chunks())).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -39,34 +68,34 @@ class Placement:
 
     offset: int
     bytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
 
-def place(tensors: Mapping[str, StoredTensor], precision: Precision) -> dict[str, Placement]:
+def place(sources: Mapping[str, Source]) -> dict[str, Placement]:
     """Lay tensors out one after the other, aligned, each once."""
     placements, end = {}, 0
-    for name, tensor in tensors.items():
+    for name, source in sources.items():
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
-        placements[name] = Placement(offset, tensor.elements * precision.torch_dtype.itemsize)
-        end = offset + placements[name].bytes
+        placements[name] = Placement(offset, source.bytes, source.dtype, source.shape)
+        end = offset + source.bytes
     return placements
 
 
 def write_weights(
     path: Path,
-    tensors: Mapping[str, StoredTensor],
+    sources: Mapping[str, Source],
     placements: Mapping[str, Placement],
-    precision: Precision,
     advance: Callable[[int], None],
 ) -> FileRecord:
-    """Write the weights file; memory stays at a few chunks whatever the tensors' sizes.
+    """Write the weights file; holds a few chunks in memory.
 
-    Zeros are skipped over instead of written, so that the file is sparse where a checkpoint is.
+    Chunks that are all zeros are skipped over instead of written, so that the file is sparse where a checkpoint is.
 
     Args:
         path: the file to make.
-        tensors: what to store, in the order of `placements`.
+        sources: what to store, in the order of `placements`.
         placements: from `place`.
-        precision: what to convert to.
         advance: told how many bytes were just done.
     """
     digest = hashlib.sha256()
@@ -75,15 +104,14 @@ def write_weights(
         for name, placement in placements.items():
             digest.update(bytes(placement.offset - position))
             file.seek(placement.offset)
-            for chunk in tensors[name].chunks():
-                values = chunk.to(precision.torch_dtype)
-                data = values.view(torch.uint8).numpy().data
-                digest.update(data)
+            for chunk in sources[name].chunks():
+                values = chunk.view(torch.uint8).numpy()
+                digest.update(values.data)
                 if values.any():
-                    file.write(data)
+                    file.write(values.data)
                 else:
-                    file.seek(len(data), os.SEEK_CUR)
-                advance(len(data))
+                    file.seek(len(values), os.SEEK_CUR)
+                advance(len(values))
             position = placement.offset + placement.bytes
         file.truncate(position)
     return FileRecord(bytes=position, sha256=digest.hexdigest())

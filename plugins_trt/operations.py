@@ -9,8 +9,9 @@ from torch import Tensor
 
 from plugins_trt.canvas_attention.reference import canvas_attention
 from plugins_trt.canvas_readout.reference import canvas_readout
-from plugins_trt.expert_ffn.reference import expert_ffn
+from plugins_trt.expert_ffn.reference import expert_ffn, expert_ffn_fp8, expert_ffn_int4
 from plugins_trt.expert_routing.reference import expert_routing
+from plugins_trt.quantized_linear.reference import linear_fp8
 from plugins_trt.rotation import rotate
 
 
@@ -23,6 +24,9 @@ class Operations:
     canvas_attention: Callable[..., Tensor]
     canvas_readout: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
+    linear_fp8: Callable[..., Tensor] = linear_fp8
+    expert_ffn_fp8: Callable[..., Tensor] = expert_ffn_fp8
+    expert_ffn_int4: Callable[..., Tensor] = expert_ffn_int4
 
 
 REFERENCE = Operations(expert_routing, expert_ffn, canvas_attention, canvas_readout)

@@ -114,8 +114,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     graph_outputs: tuple[str, ...]
     operator_versions: dict[str, int]
     """Operator set versions of the graph by domain."""
-    expert_body: str
-    """Which standard-operator body the expert feed-forward got."""
+    expert_body: str | None
+    """Which standard-operator body the expert feed-forward got; None where the bundle has no step graph."""
     source: str
     """Name of the checkpoint directory."""
     source_sha256: dict[str, str]

@@ -188,12 +188,14 @@ STREAM = """
 import resource, sys
 from pathlib import Path
 from export.checkpoint import open_checkpoint
+from export.quantization import store
 from export.weights import Precision, place, write_weights
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 checkpoint = open_checkpoint(Path(sys.argv[1]))
 before = peak()
-placements = place(checkpoint.tensors, Precision.FLOAT32)
-record = write_weights(Path(sys.argv[2]), checkpoint.tensors, placements, Precision.FLOAT32, lambda count: None)
+sources = store(checkpoint.tensors, Precision.FLOAT32)
+placements = place(sources)
+record = write_weights(Path(sys.argv[2]), sources, placements, lambda count: None)
 print(peak() - before, record.bytes)
 """
 

@@ -1,0 +1,172 @@
+"""Weights as codes with scales, made from a checkpoint's tensors a chunk at a time.
+
+Which tensors become codes is the published FP8 layout's choice: the experts and the linears of attention and dense
+feed-forward. Embeddings (tied to the output head), router, norms and self-conditioning stay wide: they are 3% of the
+parameters, and the router's choices and the head's logits suffer most from rounding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from export.compressed_tensors import Fp8Tensor
+from export.tensor_file import WeightTensor, whole_rows
+from export.weights import Precision, Source
+from runtime.errors import CheckpointError
+
+GROUP = 32
+"""Columns that share one scale in the 4-bit encoding."""
+FP8 = torch.float8_e4m3fn
+SCALE_SUFFIX = "_scale"
+"""A scale's name is its weight's with this behind it."""
+
+_LARGEST = torch.finfo(FP8).max
+_SMALLEST_ABSMAX = 2.0**-100
+"""A channel's largest magnitude counts as at least this, so that a channel of zeros gets a scale to divide by."""
+_DIVISORS = (8.0, 7.5, 7.0, 8.5)
+"""Candidates for a 4-bit scale: the group's largest number, negated, over each of these. Over 8 it gets the code -8
+exactly; less than 8 cuts it off for finer steps below, which costs less than it brings in many groups."""
+_LINEAR = re.compile(r"(^|\.)layers\.\d+\.(self_attn|mlp)\.\w+_proj(\.weight)?$")
+_EXPERTS = re.compile(r"(^|\.)layers\.\d+\.experts(\.(gate_up|down)_proj)?$")
+
+
+def is_linear(name: str) -> bool:
+    """Whether a module or its weight, by its name, is a linear that quantised precisions store in 8-bit floats."""
+    return _LINEAR.search(name) is not None
+
+
+def is_experts(name: str) -> bool:
+    """Whether a module or one of its weights, by its name, holds a layer's experts."""
+    return _EXPERTS.search(name) is not None
+
+
+def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric 8-bit floats with a scale a channel: `weight ~ codes * scale[..., None]`.
+
+    Args:
+        weight: `[..., K]`, any float.
+
+    Returns:
+        codes: float8_e4m3fn `[..., K]`, rounded to nearest, ties to even.
+        scale: `absmax / 448`, float32 `[...]`.
+    """
+    wide = weight.float()
+    scale = wide.abs().amax(-1).clamp(min=_SMALLEST_ABSMAX) / _LARGEST
+    return (wide / scale.unsqueeze(-1)).clamp(-_LARGEST, _LARGEST).to(FP8), scale
+
+
+def quantize_int4(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """4-bit codes -8..7 with a scale for each group of 32 columns: `weight ~ codes * scale`.
+
+    Of a few scales each group takes the one with the least sum of squared errors; its sign is that which gives the
+    group's largest magnitude the code -8, for which there is no positive counterpart.
+
+    Args:
+        weight: `[..., K]`, any float; K a multiple of 32.
+        scale_dtype: what scales are stored in, and rounded to before codes are chosen.
+
+    Returns:
+        packed: `code + 8` in four bits, uint8 `[..., K / 2]`; of a group's 16 bytes, byte `j` holds column `j` in its
+            low half and column `j + 16` in its high half.
+        scale: `[..., K / 32]`.
+    """
+    groups = weight.float().view(*weight.shape[:-1], -1, GROUP)
+    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
+    best = _Rounded(groups, extreme, _DIVISORS[0], scale_dtype)
+    scale, codes, error = best.scale, best.codes, best.error
+    for divisor in _DIVISORS[1:]:
+        other = _Rounded(groups, extreme, divisor, scale_dtype)
+        better = other.error < error
+        scale, codes = torch.where(better, other.scale, scale), torch.where(better, other.codes, codes)
+        error = torch.where(better, other.error, error)
+    stored = (codes + 8).to(torch.uint8)
+    low, high = stored.chunk(2, dim=-1)
+    return (low | high << 4).flatten(-2), scale.squeeze(-1).to(scale_dtype)
+
+
+class _Rounded:
+    """Groups `[..., 32]` rounded with the scale that one divisor gives."""
+
+    def __init__(self, groups: Tensor, extreme: Tensor, divisor: float, scale_dtype: torch.dtype) -> None:
+        self.scale = (extreme / -divisor).to(scale_dtype).float()
+        inverse = torch.where(self.scale == 0, 0.0, 1.0 / self.scale)
+        self.codes = (groups * inverse).round_().clamp_(-8, 7)
+        self.error = (self.codes * self.scale - groups).square_().sum(-1, keepdim=True)
+
+
+def store(tensors: Mapping[str, WeightTensor], precision: Precision) -> dict[str, Source]:
+    """What the weights file holds: each tensor converted or, in a quantised precision, its codes and then its scales.
+
+    Args:
+        tensors: the checkpoint's tensors by name.
+        precision: what to convert to.
+    """
+    sources: dict[str, Source] = {}
+    for name, tensor in tensors.items():
+        if precision is Precision.INT4 and is_experts(name):
+            sources |= _int4_sources(name, tensor)
+        elif precision.is_quantized and (is_linear(name) or is_experts(name)):
+            sources |= _fp8_sources(name, tensor)
+        else:
+            sources[name] = _converted(tensor, precision.torch_dtype)
+    return sources
+
+
+def _converted(tensor: WeightTensor, dtype: torch.dtype) -> Source:
+    return Source(dtype, tensor.shape, lambda: (chunk.to(dtype) for chunk in tensor.chunks()))
+
+
+def _fp8_sources(name: str, tensor: WeightTensor) -> dict[str, Source]:
+    if isinstance(tensor, Fp8Tensor):
+        codes, scales = tensor.codes, tensor.scales
+    else:
+        passes = _Pass(tensor, quantize_fp8)
+        codes, scales = passes.codes, passes.scales
+    return {
+        name: Source(FP8, tensor.shape, codes),
+        name + SCALE_SUFFIX: Source(torch.float32, tensor.shape[:-1], scales),
+    }
+
+
+def _int4_sources(name: str, tensor: WeightTensor) -> dict[str, Source]:
+    dtype, (*channels, depth) = Precision.INT4.torch_dtype, tensor.shape
+    if depth % GROUP:
+        raise CheckpointError(
+            f"{name}: has rows of {depth} numbers; int4 takes multiples of {GROUP}, so export to fp8 instead"
+        )
+    passes = _Pass(tensor, partial(quantize_int4, scale_dtype=dtype))
+    return {
+        name: Source(torch.uint8, (*channels, depth // 2), passes.codes),
+        name + SCALE_SUFFIX: Source(dtype, (*channels, depth // GROUP), passes.scales),
+    }
+
+
+class _Pass:
+    """One tensor's quantisation; the pass over its codes leaves its scales, a thirtieth of it or less."""
+
+    def __init__(self, tensor: WeightTensor, quantize: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        self._tensor, self._quantize = tensor, quantize
+        self._scales: list[Tensor] | None = None
+
+    def codes(self) -> Iterator[Tensor]:
+        """The codes, flat, some rows at a time."""
+        scales = []
+        for rows in whole_rows(self._tensor):
+            codes, scale = self._quantize(rows)
+            scales.append(scale.flatten())
+            yield codes.flatten()
+        self._scales = scales
+
+    def scales(self) -> Iterator[Tensor]:
+        """The scales, flat; they are forgotten then, or found anew where the codes were not asked for before."""
+        if self._scales is None:
+            for _ in self.codes():
+                pass
+        scales, self._scales = self._scales, None
+        assert scales is not None
+        yield from scales
