@@ -18,7 +18,7 @@ from torch import Tensor
 from plugins_trt.gpu import Gpu, gpu_of
 
 SCRATCH_BYTES = 256 << 20
-"""Most bytes of softmax weights that are stored at a time; a call with more works through its keys in chunks."""
+"""Of softmax weights stored at a time: 32 thousand keys of a canvas; with more, keys are worked through in chunks."""
 
 FUSED_HEAD_DIM = 256
 """Widest head whose accumulator (128 rows of float32 over 256 threads) leaves registers for the scores."""
@@ -49,6 +49,7 @@ def canvas_attention(
     start: Tensor,
     kv_start: Tensor,
     kv_end: Tensor,
+    scratch_bytes: int = SCRATCH_BYTES,
 ) -> Tensor:
     """Grouped-query attention of `B` rows of `S` tokens over their prefix in the pool and over themselves.
 
@@ -64,6 +65,7 @@ def canvas_attention(
         page_base: position of the first slot of each row's table, `[B]` int64.
         start: position of each row's first token, `[B]` int64.
         kv_start, kv_end: half-open interval of each token, `[B, S]` int64; never empty.
+        scratch_bytes: most bytes of softmax weights that are stored at a time (for wide heads), at least one tile's.
 
     Returns:
         `[B, S, heads, D]`, in the query's dtype. Products take the inputs as they are and sum in float32, as does the
@@ -78,7 +80,7 @@ def canvas_attention(
     gpu = gpu_of(query.device)
     if query.shape[3] <= FUSED_HEAD_DIM:
         return _fused(call, fused_tiles(gpu, query, key.shape[2]), gpu)
-    return _in_two_products(call, *wide_tiles(gpu, query), gpu)
+    return _in_two_products(call, *wide_tiles(gpu, query), gpu, scratch_bytes)
 
 
 def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
@@ -171,12 +173,12 @@ def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> Tensor:
     return partial[0] if splits == 1 else _merged(call, partial, totals)
 
 
-def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu) -> Tensor:
+def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, scratch_bytes: int) -> Tensor:
     B, D = call.query.shape[0], call.query.shape[3]
     blocks, bands = triton.cdiv(call.rows, tiles.rows), triton.cdiv(D, gather_tiles.columns)
     stored_rows = B * call.kv_heads * blocks * tiles.rows
     all_tiles = call.key_tiles(tiles.keys)
-    fitting = SCRATCH_BYTES // (stored_rows * tiles.keys * call.query.element_size())
+    fitting = scratch_bytes // (stored_rows * tiles.keys * call.query.element_size())
     chunks = triton.cdiv(all_tiles, max(1, fitting))
     chunk = triton.cdiv(all_tiles, chunks)
     splits = _splits(gpu, B * call.kv_heads * blocks * bands, chunk)

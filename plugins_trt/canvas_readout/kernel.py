@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 POSITIONS = 512
-"""Most positions read out at a time: their logits and weights are 537 MB at the released vocabulary, and the products
+"""Positions read out at a time: their logits and weights are 537 MB at the released vocabulary, and the products
 need no more rows to be bound by the matrix units."""
 
 BLOCK = 4096
@@ -32,6 +32,7 @@ def canvas_readout(
     guarded_ids: Tensor,
     softcap: float,
     embedding_scale: float,
+    at_a_time: int = POSITIONS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce the vocabulary axis of `R` canvases to what the diffusion loop needs.
 
@@ -49,13 +50,14 @@ def canvas_readout(
         guarded_ids: the guarded tokens (the end tokens), `[G]` int64.
         softcap: bound of the logits.
         embedding_scale: factor of embedded tokens, `sqrt(H)`.
+        at_a_time: most positions whose logits are held at a time, at least one canvas'.
 
     Returns:
         `(argmax_ids [R, S], candidate_ids [R, S], entropy [R, S], soft_embedding [R, S, H])`: int64 ids, the entropy in
         float32 nats, the embedding in the table's dtype.
     """
     results = _Results.empty(hidden)
-    canvases = max(1, POSITIONS // max(1, hidden.shape[1]))
+    canvases = max(1, at_a_time // max(1, hidden.shape[1]))
     for first in range(0, hidden.shape[0] if hidden.shape[1] else 0, canvases):
         part = slice(first, first + canvases)
         positions = _Positions(hidden[part], temperature[part], uniform[part].contiguous(), guard[part], guarded_ids)

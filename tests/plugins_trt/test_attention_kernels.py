@@ -1,0 +1,165 @@
+"""Canvas attention in Triton: against its reference in the interpreter, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from torch import Tensor
+
+from plugins_trt.canvas_attention import kernel
+from plugins_trt.canvas_attention.reference import canvas_attention
+from plugins_trt.gpu import Gpu
+from tests.plugins_trt.attention_rows import CASES, Rows, arguments
+from tests.plugins_trt.triton_support import SHARED_MEMORY, Interpreter, Launch, compile_launch, launches_of
+
+WIDE = {"heads": 8, "kv_heads": 1, "head_dim": 272}
+"""Heads that do not fit the fused kernel, and are no power of two."""
+
+LARGER = [
+    Rows("more rows than a tile, ending inside one, and several splits of the keys", starts=(150,), tokens=70,
+         page_size=64, pages=3),
+    Rows("pages larger than a tile of keys, windows that begin in each of them", starts=(200, 70), tokens=40,
+         page_size=64, pages=4, window=50, causal=True),
+    Rows("pages that no tile of keys divides", starts=(90,), tokens=9, page_size=24, pages=5, window=70),
+    Rows("three query heads a K/V head: a tile ends inside a token's", tokens=50, heads=6, causal=True),
+    Rows("wide heads: a canvas behind prefixes of different lengths", starts=(9, 70), page_size=32, pages=3, **WIDE),
+    Rows("wide heads: causal rows, many tiles of which are not seen", tokens=40, causal=True, window=3, **WIDE),
+    Rows("wide heads: no prefix and no pages", starts=(0,), pages=0, **WIDE),
+]  # fmt: skip
+
+
+def bound(case: Rows, inputs: list[Tensor]) -> float:
+    """What roundings explain.
+
+    A score of `D` terms is off by `D * 2^-24` times the terms' magnitudes, a share by twice that and by the additions
+    of `T` of them; shares, the splits' results and the result are rounded to the inputs' dtype.
+    """
+    wide = torch.finfo(torch.float32).eps
+    score = (inputs[0].float().norm(dim=-1).max() * max(inputs[1].float().norm(dim=-1).max(), _norm(inputs[3]))).item()
+    values = max(float(inputs[2].abs().max()), float(inputs[4].nan_to_num().abs().max()))
+    terms = 2 * case.head_dim * score + case.pages * case.page_size + case.tokens
+    return (wide * terms + 3 * torch.finfo(inputs[0].dtype).eps / 2) * values
+
+
+def _norm(keys: Tensor) -> float:
+    return float(keys.float().nan_to_num().norm(dim=-1).max())
+
+
+def error(case: Rows, inputs: list[Tensor], got: Tensor) -> float:
+    wide = [x.nan_to_num().double() if x.is_floating_point() else x for x in inputs]
+    assert got.dtype == inputs[0].dtype
+    assert got.shape == inputs[0].shape
+    return float((got.double() - canvas_attention(*wide)).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("case", [*CASES, *LARGER], ids=lambda case: case.catches)
+def test_attention(case: Rows, dtype: torch.dtype, interpreter: Interpreter) -> None:
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in arguments(case)]
+    got = interpreter(kernel.canvas_attention, *inputs)
+    assert error(case, inputs, got) <= bound(case, inputs)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["canvas", "causal"])
+def test_weights_of_wide_heads_are_stored_in_chunks(causal: bool, interpreter: Interpreter) -> None:
+    """Catches a chunk that forgets what those before it left, and rows that see nothing in some chunks."""
+    case = Rows("", starts=(190,), tokens=12, page_size=64, pages=4, causal=causal, window=150, **WIDE)
+    inputs = arguments(case)
+    got = interpreter(kernel.canvas_attention, *inputs, scratch_bytes=1)
+    assert error(case, inputs, got) <= bound(case, inputs)
+    assert len(launches_of(kernel.canvas_attention, *inputs, scratch_bytes=1)) > len(
+        launches_of(kernel.canvas_attention, *inputs)
+    )
+
+
+@pytest.mark.parametrize("head_dim", [32, 272], ids=["fused", "wide"])
+def test_slots_that_no_token_sees_may_hold_anything(head_dim: int, interpreter: Interpreter) -> None:
+    """Catches NaN of an unwritten slot that comes through a weight of 0, and a read past the prefix."""
+    case = replace(CASES[0], head_dim=head_dim, window=5)
+    inputs = arguments(case)
+    seen = inputs[5][0, :3]
+    keep = torch.zeros(8, case.page_size, dtype=torch.bool)
+    keep[seen] = True
+    keep[seen[-1], 1:] = False
+    for pool in inputs[3:5]:
+        pool[~keep] = torch.nan
+    got = interpreter(kernel.canvas_attention, *inputs)
+    assert error(case, inputs, got) <= bound(case, inputs)
+
+
+@pytest.mark.parametrize("head_dim", [32, 272], ids=["fused", "wide"])
+def test_scores_far_apart(head_dim: int, interpreter: Interpreter) -> None:
+    """Catches sums that overflow, or lose the large weights, where the scores of tiles lie hundreds apart."""
+    case = Rows("", starts=(120,), tokens=3, head_dim=head_dim, page_size=32, pages=4)
+    inputs = arguments(case)
+    for pool, factor in ((inputs[3], 60.0), (inputs[1], 0.1)):
+        pool *= factor / head_dim**0.5
+    # Shares are 0 or 1 but for a few: the bound of scores grows with them.
+    got = interpreter(kernel.canvas_attention, *inputs)
+    assert error(case, inputs, got) <= bound(case, inputs)
+
+
+def released(layer: str, batch: int, tokens: int, pages: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    """Arguments of the released shape, without memory."""
+    kv_heads, head_dim = {"sliding": (8, 256), "full": (2, 512)}[layer]
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    query = torch.empty(batch, tokens, 16, head_dim, dtype=dtype, device="meta")
+    own = torch.empty(batch, tokens, kv_heads, head_dim, dtype=dtype, device="meta")
+    pool = torch.empty(4096, 64, kv_heads, head_dim, dtype=dtype, device="meta")
+    numbers = [
+        integers(batch, pages),
+        integers(batch),
+        integers(batch),
+        integers(batch, tokens),
+        integers(batch, tokens),
+    ]
+    return [query, own, own, pool, pool, *numbers]
+
+
+@pytest.fixture(params=sorted(SHARED_MEMORY), ids=lambda capability: f"sm_{capability}")
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Launches are made for this GPU."""
+    monkeypatch.setattr(kernel, "gpu_of", lambda _: Gpu(request.param, 132))
+    return request.param
+
+
+def distinct(launches: list[Launch]) -> list[Launch]:
+    """One launch of each specialisation."""
+    return list({(launch.kernel.__name__, launch.arguments.get("FIRST")): launch for launch in launches}.values())
+
+
+@pytest.mark.parametrize("layer", ["sliding", "full"])
+def test_compiles(layer: str, capability: int) -> None:
+    """Catches tiles that do not fit a target's shared memory, and (Hopper) products that miss the matrix units."""
+    launches = distinct(launches_of(kernel.canvas_attention, *released(layer, 1, 256, 17)))
+    kernels = {launch.kernel.__name__: compile_launch(launch, capability) for launch in launches}
+    assert set(kernels) - {"merge"} == ({"attend"} if layer == "sliding" else {"weigh", "gather"})
+    products = [compiled.asm["ptx"] for name, compiled in kernels.items() if name != "merge"]
+    for ptx in products:
+        assert ("wgmma.mma_async" in ptx) == (capability == 90)
+        assert "cp.async.cg.shared.global" in ptx, "K and V are not fetched 16 bytes at a time"
+
+
+@pytest.mark.parametrize(("layer", "batch"), [("sliding", 1), ("full", 1), ("sliding", 8), ("full", 8)])
+def test_a_call_fills_the_gpu(layer: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches too few splits of one canvas' keys, and splits that only cost where rows fill the GPU."""
+    monkeypatch.setattr(kernel, "gpu_of", lambda _: Gpu(90, 132))
+    launches = launches_of(kernel.canvas_attention, *released(layer, batch, 256, 17))
+    programs = {launch.kernel.__name__: prod(launch.grid) for launch in launches}
+    assert programs.get("attend", programs.get("gather", 0)) >= 128
+    assert ("merge" in programs) == (batch == 1)
+
+
+def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights stored for a whole prompt or context at once, which would be 2 GB and more."""
+    monkeypatch.setattr(kernel, "gpu_of", lambda _: Gpu(90, 132))
+    for batch, tokens, pages in ((1, 256, 4096), (16, 256, 1024), (1, 8192, 0)):
+        for launch in launches_of(kernel.canvas_attention, *released("full", batch, tokens, pages)):
+            assert launch.arguments.get("WEIGHTS", torch.empty(0)).nbytes <= kernel.SCRATCH_BYTES
