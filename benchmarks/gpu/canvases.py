@@ -58,9 +58,9 @@ class TimedEngine(TorchEngine):
     @torch.no_grad()
     def rows_per_expert(self) -> list[Tensor]:
         """Of the denoising step made last, how many rows each expert of each layer got."""
-        step = getattr(self._denoise_step, "_orig_mod", self._denoise_step)
-        with _Routing() as routing:
-            step(states=self.states, **self.last_call.inputs.device)
+        fields = {"states": self.states, **self.last_call.inputs.device}
+        with torch.compiler.set_stance("force_eager"), _Routing() as routing:
+            self._run_step("denoise", fields)
         counts: list[Tensor] = routing.counts
         return counts
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
@@ -27,6 +27,7 @@ from runtime.bundle import STEP_PROGRAM, WEIGHTS, Bundle, LayerFacts, ModelFacts
 from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
 from runtime.engines.torch_calls import Buffer, Call, read
 from runtime.engines.torch_program import Fill, Rewrites, Steps, bind
+from runtime.engines.torch_regions import compile_regions
 from runtime.engines.torch_weights import WeightsFile
 from runtime.errors import BundleError
 
@@ -54,7 +55,7 @@ class Options:
     batch: int = 16
     """Most rows of one call on a GPU, a power of two; on the CPU rows run one by one."""
     compiler: str | None = "inductor"
-    """Backend of `torch.compile` on a GPU; None runs the graph node by node."""
+    """Backend of `torch.compile`; None runs the graph node by node."""
     graphs: bool = True
     """Capture CUDA graphs."""
     rewrites: Rewrites = field(default_factory=Rewrites)
@@ -145,7 +146,7 @@ class TorchEngine:
     def close(self) -> None:
         """Free the device's memory."""
         self._calls.clear()
-        del self._denoise_step, self._encode_step, self.keys, self.values, self.states
+        del self._steps, self._derive, self.keys, self.values, self.states
         if self._cuda:
             torch.cuda.empty_cache()
 
@@ -159,14 +160,20 @@ class TorchEngine:
         inputs = {f"k_pool_{i}": keys for i, keys in enumerate(self.keys)}
         inputs |= {f"v_pool_{i}": values for i, values in enumerate(self.values)}
         inputs["guarded_ids"] = torch.tensor(model.end_token_ids, dtype=torch.int64, device=device)
-        self._bind(bind(model.program, model.record, inputs, model.fill, device, self._options.rewrites))
+        self._compile(bind(model.program, model.record, inputs, model.fill, device, self._options.rewrites))
 
-    def _bind(self, steps: Steps) -> None:
-        encode: Callable[..., Any] = EncodeCall(steps.encode, self.facts.sliding_window)
-        denoise: Callable[..., Any] = DenoiseCall(steps.denoise, self.facts.sliding_window)
-        if self._cuda and self._options.compiler is not None:
-            encode, denoise = (torch.compile(each, backend=self._options.compiler) for each in (encode, denoise))
-        self._encode_step, self._denoise_step = encode, denoise
+    def _compile(self, steps: Steps) -> None:
+        def compiled(module: Any) -> Any:
+            compiler = self._options.compiler
+            return module if compiler is None else torch.compile(module, backend=compiler)
+
+        # Calls of one canvas have compiled code of their own, for their exact sizes; the others share one for any.
+        self._steps = {
+            (kind, alone): compile_regions(step, compiled)
+            for kind, step in (("encode", steps.encode), ("denoise", steps.denoise))
+            for alone in (True, False)
+        }
+        self._derive = {"encode": compiled(_encode_inputs), "denoise": compiled(_denoise_inputs)}
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream) if self._cuda else nullcontext()
@@ -275,82 +282,62 @@ class TorchEngine:
         }
         return {name: (shape, torch.int64) for name, shape in shapes.items()}
 
+    def _run_step(self, kind: str, fields: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Run one kind of step on what its rows' buffer holds."""
+        key = (kind, tuple(fields["token_ids"].shape) == (1, self.facts.canvas_length))
+        step = self._steps[key]
+        inputs = self._derive[kind](self.facts.sliding_window, **fields)
+        names = (node.target for node in step.graph.find_nodes(op="placeholder"))
+        results: tuple[Tensor, ...] = step(*(inputs[name] for name in names))
+        return results
+
     def _run_encode(self, inputs: Buffer, outputs: Buffer) -> None:
         fields = dict(inputs.device)
         slots = {True: fields.pop("sliding_slots"), False: fields.pop("full_slots")}
-        new = self._encode_step(**fields)
+        new = self._run_step("encode", fields)
         for index, layer in enumerate(self.facts.layers):
             for pool, rows in ((self.keys, new[index]), (self.values, new[len(self.facts.layers) + index])):
                 pool[index].flatten(0, 1).index_copy_(0, slots[layer.sliding], rows[0])
 
     def _run_denoise(self, inputs: Buffer, outputs: Buffer) -> None:
-        *readout, soft_embedding = self._denoise_step(states=self.states, **inputs.device)
+        *readout, soft_embedding = self._run_step("denoise", {"states": self.states, **inputs.device})
         self.states.index_copy_(0, inputs.device["slots"], soft_embedding)
         for output, value in zip(outputs.device.values(), readout, strict=True):
             output.copy_(value)
 
 
-class EncodeCall(nn.Module):
-    """An encode step with what it derives from the rows' positions."""
-
-    def __init__(self, step: fx.GraphModule, window: int) -> None:
-        super().__init__()
-        self.step, self._window = step, window
-        self._names = tuple(node.target for node in step.graph.find_nodes(op="placeholder"))
-
-    def forward(
-        self, token_ids: Tensor, start: Tensor, sliding_table: Tensor, sliding_base: Tensor, full_table: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Keys and values of all layers, `[B, S, kv_heads, head_dim]` each."""
-        positions = start[:, None] + torch.arange(token_ids.shape[1], device=start.device)
-        oldest = (positions - (self._window - 1)).clamp(min=0)
-        intervals = (oldest, positions + 1, torch.zeros_like(positions), positions + 1)
-        tables = (sliding_table, sliding_base, full_table)
-        inputs = {"token_ids": token_ids, "start": start, **_visibility(intervals, tables)}
-        results: tuple[Tensor, ...] = self.step(*(inputs[name] for name in self._names))
-        return results
+def _encode_inputs(
+    window: int, token_ids: Tensor, start: Tensor, sliding_table: Tensor, sliding_base: Tensor, full_table: Tensor
+) -> dict[str, Tensor]:
+    """The step's inputs for encode rows, from what the host hands over."""
+    positions = start[:, None] + torch.arange(token_ids.shape[1], device=start.device)
+    oldest = (positions - (window - 1)).clamp(min=0)
+    intervals = (oldest, positions + 1, torch.zeros_like(positions), positions + 1)
+    tables = (sliding_table, sliding_base, full_table)
+    return {"token_ids": token_ids, "start": start, **_visibility(intervals, tables)}
 
 
-class DenoiseCall(nn.Module):
-    """A denoise step with what it derives from the rows' positions and slots."""
-
-    def __init__(self, step: fx.GraphModule, window: int) -> None:
-        super().__init__()
-        self.step, self._window = step, window
-        self._names = tuple(node.target for node in step.graph.find_nodes(op="placeholder"))
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        start: Tensor,
-        sliding_table: Tensor,
-        sliding_base: Tensor,
-        full_table: Tensor,
-        uniform: Tensor,
-        temperature: Tensor,
-        slots: Tensor,
-        first_step: Tensor,
-        guard: Tensor,
-        states: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Argmax ids, candidate ids, entropy, soft embedding."""
-        shape = token_ids.shape
-        # Every token of a canvas sees the same window: the last w - 1 positions before the canvas, and the canvas.
-        oldest = (start - (self._window - 1)).clamp(min=0)[:, None].expand(shape).contiguous()
-        end = (start + shape[1])[:, None].expand(shape).contiguous()
-        condition = torch.where(first_step[:, None, None], 0, states.index_select(0, slots))
-        tables = (sliding_table, sliding_base, full_table)
-        inputs = {
-            "token_ids": token_ids,
-            "start": start,
-            "self_conditioning": condition,
-            "temperature": temperature,
-            "uniform": uniform,
-            "guard": guard,
-            **_visibility((oldest, end, torch.zeros_like(end), end), tables),
-        }
-        results: tuple[Tensor, ...] = self.step(*(inputs[name] for name in self._names))
-        return results
+def _denoise_inputs(
+    window: int,
+    states: Tensor,
+    slots: Tensor,
+    first_step: Tensor,
+    token_ids: Tensor,
+    start: Tensor,
+    sliding_table: Tensor,
+    sliding_base: Tensor,
+    full_table: Tensor,
+    **readout: Tensor,
+) -> dict[str, Tensor]:
+    """The step's inputs for denoise rows, from what the host hands over and the self-conditioning states."""
+    shape = token_ids.shape
+    # Every token of a canvas sees the same window: the last w - 1 positions before the canvas, and the canvas.
+    oldest = (start - (window - 1)).clamp(min=0)[:, None].expand(shape).contiguous()
+    end = (start + shape[1])[:, None].expand(shape).contiguous()
+    condition = torch.where(first_step[:, None, None], 0, states.index_select(0, slots))
+    tables = (sliding_table, sliding_base, full_table)
+    visibility = _visibility((oldest, end, torch.zeros_like(end), end), tables)
+    return {"token_ids": token_ids, "start": start, "self_conditioning": condition, **readout, **visibility}
 
 
 def _visibility(intervals: tuple[Tensor, ...], tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:

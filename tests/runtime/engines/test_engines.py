@@ -36,7 +36,7 @@ def _onnxruntime(bundle: Bundle) -> Engine:
 
 
 def _torch(bundle: Bundle) -> Engine:
-    options = torch_engine.Options(device="cpu", page_size=PAGE, canvas_slots=4, positions=1024)
+    options = torch_engine.Options("cpu", PAGE, canvas_slots=4, positions=1024, compiler=None)
     return torch_engine.TorchEngine.load(bundle, options)
 
 
