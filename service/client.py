@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -28,18 +29,14 @@ from runtime.errors import DgemmaError, Violation
 from runtime.events import Event
 from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides
+from service.channel import Credentials, open_channel
 from service.mapping import event_of, message_proto, overrides_proto
 from service.status import DETAILS_KEY
 
 Prompt = str | Sequence[Message] | Sequence[int]
 """A user's message, a conversation, or token ids."""
 
-CHANNEL_OPTIONS = (
-    # A server that vanished is noticed within 30 s, in the silence of a block without drafts too. The server allows
-    # pings every 10 s.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-)
+PLAIN = Credentials()
 
 
 class CallFailed(DgemmaError):
@@ -165,11 +162,11 @@ class TurnCancelled:
 class Conversation:
     """One stream of many turns; `start_turn` and `cancel_turn` may be called from any thread."""
 
-    def __init__(self, stub: generation_pb2_grpc.GenerationServiceStub, setup: Any, timeout: float) -> None:
+    def __init__(self, converse: Callable[[Iterator[generation_pb2.ConverseRequest]], Any], setup: Any) -> None:
         self._requests: queue.SimpleQueue[generation_pb2.ConverseRequest | None] = queue.SimpleQueue()
         self._requests.put(generation_pb2.ConverseRequest(setup=setup))
         self._turns = 0
-        self._responses = _Responses(stub.Converse(iter(self._requests.get, None), timeout=timeout))
+        self._responses = _Responses(converse(iter(self._requests.get, None)))
 
     def start_turn(self, text: str, options: options_pb2.GenerationOptions | None = None) -> int:
         """Send a user's message, with settings of its own or the conversation's; returns the turn's index."""
@@ -214,9 +211,14 @@ class Conversation:
 class Client:
     """A channel to one server. Safe to use from many threads."""
 
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+    def __init__(self, address: str, credentials: Credentials = PLAIN) -> None:
+        """Open a channel; the server is first asked with the first call.
+
+        Raises:
+            UnusableFile: a file of the credentials cannot be read.
+        """
+        self.address, self._metadata = address, credentials.metadata
+        self._channel = open_channel(address, credentials)
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -240,7 +242,8 @@ class Client:
             timeout: seconds for the whole call.
         """
         request = generation_pb2.GenerateRequest(model=model, options=_options(sampling, draft_interval))
-        return Events(self._generation.Generate(_with_prompt(request, prompt), timeout=timeout))
+        call = self._generation.Generate(_with_prompt(request, prompt), timeout=timeout, metadata=self._metadata)
+        return Events(call)
 
     def converse(
         self,
@@ -257,18 +260,19 @@ class Client:
             history=[message_proto(message) for message in history],
             options=_options(sampling, draft_interval),
         )
-        return Conversation(self._generation, setup, timeout)
+        return Conversation(partial(self._generation.Converse, timeout=timeout, metadata=self._metadata), setup)
 
     def count_tokens(self, prompt: Prompt, *, model: str = "", timeout: float) -> int:
         """How many tokens a prompt has, rendered."""
         request = _with_prompt(generation_pb2.CountTokensRequest(model=model), prompt)
         with _failures():
-            return self._generation.CountTokens(request, timeout=timeout).token_count
+            return self._generation.CountTokens(request, timeout=timeout, metadata=self._metadata).token_count
 
     def model(self, name: str = "", *, timeout: float) -> model_pb2.Model:
         """What is served."""
         with _failures():
-            return self._models.GetModel(model_pb2.GetModelRequest(model=name), timeout=timeout).model
+            request = model_pb2.GetModelRequest(model=name)
+            return self._models.GetModel(request, timeout=timeout, metadata=self._metadata).model
 
     def wait_serving(self, timeout: float) -> None:
         """Wait until the server's health is SERVING, also for a server that does not listen yet.

@@ -1,9 +1,10 @@
 """The one place where a call's errors become its status.
 
-Around every handler: its requests are parsed here (`service.wire`), an error of the project's tree becomes the status
-of `service.status`, any other exception INTERNAL with a correlation id. gRPC's own signals pass through untouched: an
-abort that is under way, a cancelled task (CancelledError), a generator that is closed (GeneratorExit), and the failed
-write to a client that has gone. Each call leaves one line in the log, without any of its content.
+Around every handler: who calls is found out (`service.authentication`), then its requests are parsed
+(`service.wire`). An error of the project's tree becomes the status of `service.status`, any other exception INTERNAL
+with a correlation id. gRPC's own signals pass through untouched: an abort that is under way, a cancelled task
+(CancelledError), a generator that is closed (GeneratorExit), and the failed write to a client that has gone. Each call
+leaves one line in the log, without any of its content.
 
 Streaming handlers are run as coroutines that write, also where they are generators: a call that ends while its
 handler is suspended at `yield` would leave the generator to the garbage collector, one that awaits `write` learns of
@@ -25,6 +26,7 @@ import grpc
 from google.rpc import status_pb2
 
 from runtime.errors import DgemmaError
+from service.authentication import CALLER, Authenticator
 from service.status import DETAILS_KEY, code_of, internal_status, status_of
 from service.wire import parse
 
@@ -41,8 +43,8 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Guards every handler of a server."""
 
-    def __init__(self, max_message_bytes: int) -> None:
-        self._max_message_bytes = max_message_bytes
+    def __init__(self, authenticator: Authenticator, max_message_bytes: int) -> None:
+        self._authenticator, self._max_message_bytes = authenticator, max_message_bytes
 
     async def intercept_service(
         self,
@@ -63,29 +65,27 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         make, inner = behaviours[handler.request_streaming, handler.response_streaming]
         if inspect.isasyncgenfunction(inner):
             inner = partial(_write_all, inner)
-        admit = _admit_each if handler.request_streaming else _admit
+        kind = getattr(handler.request_deserializer, "__self__", None)
+        # `SomeMessage.FromString`, as all generated code hands in; anything else is left to gRPC.
+        read = _as_it_is if kind is None else partial(parse, kind, limit=self._max_message_bytes)
+        taken = partial(_each, read) if handler.request_streaming else read
 
         async def guarded(request: Any, context: Context) -> Any:
             async with _translated(method, context):
-                return await inner(admit(request), context)
+                CALLER.set(self._authenticator.caller(method, context))
+                return await inner(taken(request), context)
 
-        deserializer = handler.request_deserializer
-        kind = getattr(deserializer, "__self__", None)
-        if kind is not None:  # `SomeMessage.FromString`, as all generated code hands in
-            deserializer = partial(parse, kind, limit=self._max_message_bytes)
+        deserializer = handler.request_deserializer if kind is None else None
         return cast("grpc.RpcMethodHandler[Any, Any]", make(guarded, deserializer, handler.response_serializer))
 
 
-def _admit(request: Any) -> Any:
-    """The request, unless what arrived was none."""
-    if isinstance(request, DgemmaError):
-        raise request
+def _as_it_is(request: Any) -> Any:
     return request
 
 
-async def _admit_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _each(read: Callable[[Any], Any], requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _admit(request)
+        yield read(request)
 
 
 async def _write_all(generator: Callable[[Any, Context], AsyncIterator[Any]], request: Any, context: Context) -> None:
@@ -119,6 +119,9 @@ async def _translated(method: str, context: Context) -> AsyncIterator[None]:
     finally:
         level = logging.INFO if method.startswith(OWN_METHODS) else logging.DEBUG
         fields = {"method": method, "code": code, "seconds": round(time.monotonic() - started, 4)}
+        caller = CALLER.get(None)
+        if caller is not None and caller.known:
+            fields["client"] = caller.name
         logger.log(level, "call", extra={"fields": fields})
 
 

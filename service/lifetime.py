@@ -21,6 +21,7 @@ from contextlib import suppress
 
 from runtime.errors import DgemmaError
 from runtime.runner import Runner
+from service.security import Security, SecuritySettings
 from service.served import Served
 from service.server import Server, on_own_thread
 
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 LIVENESS_INTERVAL = 1.0
 """Seconds between two looks at the engine's thread: as long as a dead server may call itself SERVING."""
+
+
+OPEN = SecuritySettings()
+"""No encryption, no tokens, no limits."""
 
 
 class EngineDied(DgemmaError):
@@ -49,7 +54,11 @@ class Signals:
 
 
 async def serve(
-    address: str, load: Callable[[], Served], grace: float, announce: Callable[[str], None] = lambda address: None
+    address: str,
+    load: Callable[[], Served],
+    grace: float,
+    announce: Callable[[str], None] = lambda address: None,
+    security: SecuritySettings = OPEN,
 ) -> bool:
     """Serve what `load` returns until SIGTERM or SIGINT, then drain.
 
@@ -58,18 +67,20 @@ async def serve(
         load: makes what is served, with a runner that is warmed up; called on a thread of its own.
         grace: seconds that open requests have to end after the signal; a second signal ends them.
         announce: told the address once the services are SERVING.
+        security: certificates, tokens and limits; by default none.
 
     Returns:
         False where the signal came before anything was served; `load` then still runs.
 
     Raises:
         AddressTaken: the address cannot be listened on.
+        UnusableFile: a file of the security settings cannot be used.
         BundleError: the bundle cannot be loaded.
         EngineDied: the engine's thread ended; another process should take over.
     """
     signals = Signals()
     began = time.monotonic()
-    server = Server(address)
+    server = Server(address, Security(security))
     _log("bound", address=server.address)
     served = await _loaded(load, signals.requested)
     if served is None:

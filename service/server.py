@@ -23,6 +23,8 @@ from service.intake import Intake
 from service.interceptor import StatusInterceptor
 from service.model import ModelServicer
 from service.prompt_threads import PromptThreads
+from service.quota import Quotas
+from service.security import Security
 from service.served import Served
 from service.transport import MAX_MESSAGE_BYTES, OPTIONS
 
@@ -40,18 +42,17 @@ LAST_WRITES = 1.0
 class Server:
     """A gRPC server for one model, from its address on; `start` and `stop` make up its life."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, security: Security) -> None:
         """Bind `address`, `host:port` or `unix:path`; port 0 takes a free one. Needs a running event loop.
 
         Raises:
             AddressTaken: something else listens there, or the address is none.
         """
         check_free(address)
-        self._server = grpc.aio.server(interceptors=[StatusInterceptor(MAX_MESSAGE_BYTES)], options=OPTIONS)
-        try:
-            self.address = with_port(address, self._server.add_insecure_port(address))
-        except RuntimeError as error:  # taken since it was looked at
-            raise AddressTaken(address, "another program does") from error
+        interceptor = StatusInterceptor(security.authenticator, MAX_MESSAGE_BYTES)
+        self._server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
+        self.address = with_port(address, _bind(self._server, address, security.credentials))
+        self._quotas = Quotas(security.limits_of)
         self._health = health.aio.HealthServicer()
         self._calls = Calls()
         self._threads = PromptThreads()
@@ -60,7 +61,7 @@ class Server:
     async def start(self, served: Served) -> None:
         """Answer clients for `served`, whose runner runs; health then says SERVING, for the server and each service."""
         self._runner = served.runner
-        intake = Intake(served, self._calls, self._threads)
+        intake = Intake(served, self._calls, self._threads, self._quotas)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(intake), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(intake), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -92,6 +93,16 @@ class Server:
         # What still stands are streams that nobody reads and the watchers of health, which would never end.
         await self._server.stop(None)
         return drained
+
+
+def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
+    """The port that was got."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(address)
+        return server.add_secure_port(address, credentials)
+    except RuntimeError as error:  # taken since it was looked at
+        raise AddressTaken(address, "another program does") from error
 
 
 async def _drained(runner: Runner, grace: float, hurried: asyncio.Event) -> bool:

@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from runtime.errors import DgemmaError, InvalidRequest, MessageTooLarge, Violation
+from runtime.errors import InvalidRequest, MessageTooLarge, Violation
 
 Parsed = TypeVar("Parsed", bound=Message)
 
@@ -19,14 +19,19 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _NOT_WELL_FORMED = "is not a well-formed protobuf message of type {}; send what the generated code serialises"
 
 
-def parse(kind: type[Parsed], raw: bytes, limit: int) -> Parsed | DgemmaError:
-    """The message of type `kind` in `raw`, or the error to end the call with: gRPC hides what is raised."""
+def parse(kind: type[Parsed], raw: bytes, limit: int) -> Parsed:
+    """The message of type `kind` in `raw`.
+
+    Raises:
+        MessageTooLarge: it holds more than `limit` bytes.
+        InvalidRequest: it is none; names the field where a text is not UTF-8.
+    """
     if len(raw) > limit:
-        return MessageTooLarge(len(raw), limit)
+        raise MessageTooLarge(len(raw), limit)
     try:
         return kind.FromString(raw)
-    except DecodeError:
-        return InvalidRequest(_explain(cast(Descriptor, kind.DESCRIPTOR), raw))
+    except DecodeError as error:
+        raise InvalidRequest(_explain(cast(Descriptor, kind.DESCRIPTOR), raw)) from error
 
 
 def _explain(descriptor: Descriptor, raw: bytes) -> Violation:

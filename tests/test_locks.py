@@ -43,7 +43,7 @@ def test_development_serves_what_production_serves() -> None:
     ("lock", "extras"),
     [
         pytest.param("serve.txt", (None,), id="serving"),
-        pytest.param("dev.txt", (None, "export", "test", "dev"), id="development"),
+        pytest.param("dev.txt", (None, "export", "jwt", "test", "dev"), id="development"),
     ],
 )
 def test_every_requirement_is_locked(lock: str, extras: tuple[str | None, ...]) -> None:

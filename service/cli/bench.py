@@ -13,7 +13,9 @@ import click
 from runtime.events import Committed, Draft, Finished
 from runtime.request import SamplingOverrides
 from service.cli.columns import echo_columns
-from service.cli.options import address_option, sampling_options, timeout_option
+from service.cli.connection import connected
+from service.cli.options import sampling_options, timeout_option
+from service.cli.target import Target, target_options
 from service.client import Client
 
 PROMPT = "Write a short story about a cat."
@@ -33,20 +35,20 @@ class Sample:
 
 @click.command("bench")
 @click.argument("prompt", default=PROMPT)
-@address_option
+@target_options
 @timeout_option(300.0, "one answer")
 @click.option("--requests", type=click.IntRange(min=1), default=16, show_default=True, help="Requests to send.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=1, show_default=True, help="Requests at a time.")
 @sampling_options
 def command(
-    prompt: str, address: str, timeout: float, requests: int, concurrency: int, sampling: SamplingOverrides
+    prompt: str, target: Target, timeout: float, requests: int, concurrency: int, sampling: SamplingOverrides
 ) -> None:
     """Measure what a client of a running server sees: the time to the first draft, the first block and the end.
 
     Each request asks for drafts and has a seed of its own, unless --seed is given. One request is sent beforehand and
     not counted. Medians and 90th percentiles are over requests; tokens per second is over the whole run.
     """
-    with Client(address) as client, ThreadPoolExecutor(concurrency) as pool:
+    with connected(target) as client, ThreadPoolExecutor(concurrency) as pool:
 
         def once(_: int) -> Sample:
             return measure(client, prompt, sampling, timeout)

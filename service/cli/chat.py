@@ -16,7 +16,8 @@ from service.cli.answer import answer_on
 from service.cli.connection import connected, uninterrupted
 from service.cli.exits import REFUSED, Failure
 from service.cli.failures import failure_of, sentence_of
-from service.cli.options import address_option, sampling_options, timeout_option
+from service.cli.options import sampling_options, timeout_option
+from service.cli.target import Target, target_options
 from service.client import CallFailed, Client, Conversation, TurnCancelled
 
 PROMPT = "\001\033[1m\002> \001\033[0m\002"
@@ -27,11 +28,11 @@ DRAFT_INTERVAL = 0.05
 
 
 @click.command("chat")
-@address_option
+@target_options
 @timeout_option(3600.0, "the conversation")
 @click.option("--system", help="Standing instructions, told to the model before the conversation.")
 @sampling_options
-def command(address: str, timeout: float, system: str | None, sampling: SamplingOverrides) -> None:
+def command(target: Target, timeout: float, system: str | None, sampling: SamplingOverrides) -> None:
     """Hold a conversation: each line is a turn, the server keeps the history.
 
     On a terminal each block is rewritten in place while it is denoised; what is settled is bold, what is noise is grey.
@@ -40,7 +41,7 @@ def command(address: str, timeout: float, system: str | None, sampling: Sampling
     """
     console = Console(highlight=False)
     history = [Message(Role.SYSTEM, system)] if system is not None else []
-    with connected(address) as client:
+    with connected(target) as client:
         Chat(client, console, sampling, timeout, history).hold(questions(console))
 
 

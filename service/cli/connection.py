@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from service.cli.target import Target
 from service.client import Client
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Client]:
+def connected(target: Target) -> Iterator[Client]:
     """A client for the time of the block."""
-    client = Client(address)
+    client = Client(target.address, target.credentials)
     try:
         yield client
     finally:

@@ -13,6 +13,7 @@ EXIT_CODES = {
     StatusCode.NOT_FOUND: REFUSED,
     StatusCode.UNIMPLEMENTED: REFUSED,
     StatusCode.FAILED_PRECONDITION: REFUSED,
+    StatusCode.UNAUTHENTICATED: REFUSED,
     StatusCode.OUT_OF_RANGE: REFUSED,
     StatusCode.RESOURCE_EXHAUSTED: UNAVAILABLE,
     StatusCode.UNAVAILABLE: UNAVAILABLE,
@@ -37,9 +38,11 @@ def sentence_of(error: CallFailed) -> str:
         return "\n".join([f"the server refused the request ({error.code.name}):", *lines])
     match error.code:
         case StatusCode.UNAVAILABLE if not error.reason:
-            return f"the server cannot be reached ({error.message}); is it running, and is --address right?"
+            return f"the server cannot be reached ({error.message}); is it running, is --address right, and do both sides encrypt or neither?"
         case StatusCode.DEADLINE_EXCEEDED:
             return f"the deadline passed ({error.message}); give more time with --timeout"
+        case StatusCode.UNAUTHENTICATED:
+            return f"{error.message}; give a token with --token-file (UNAUTHENTICATED)"
         case StatusCode.CANCELLED:
             return "the call was cancelled"
     again = "" if error.retry_after is None else f"; try again in {error.retry_after:.1f} s"

@@ -10,7 +10,8 @@ from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides
 from service.cli.answer import Answer, PlainAnswer, answer_on
 from service.cli.connection import connected, uninterrupted
-from service.cli.options import address_option, prompt_text, sampling_options, timeout_option
+from service.cli.options import prompt_text, sampling_options, timeout_option
+from service.cli.target import Target, target_options
 
 DRAFT_INTERVAL = 0.05
 """Seconds: as often as a terminal is redrawn."""
@@ -18,7 +19,7 @@ DRAFT_INTERVAL = 0.05
 
 @click.command("generate")
 @click.argument("prompt", required=False)
-@address_option
+@target_options
 @timeout_option(300.0)
 @click.option("--system", help="Standing instructions, told to the model before the prompt.")
 @click.option(
@@ -28,7 +29,7 @@ DRAFT_INTERVAL = 0.05
 @sampling_options
 def command(
     prompt: str | None,
-    address: str,
+    target: Target,
     timeout: float,
     system: str | None,
     drafts: bool | None,
@@ -44,7 +45,7 @@ def command(
     live = console.is_terminal if drafts is None else drafts and console.is_terminal
     text = prompt_text(prompt)
     messages = [Message(Role.SYSTEM, system)] if system is not None else []
-    with connected(address) as client:
+    with connected(target) as client:
         with uninterrupted():
             events = client.generate(
                 [*messages, Message(Role.USER, text)],

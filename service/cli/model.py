@@ -9,16 +9,17 @@ from google.protobuf.json_format import MessageToDict
 
 from service.cli.columns import echo_columns
 from service.cli.connection import connected
-from service.cli.options import address_option, timeout_option
+from service.cli.options import timeout_option
+from service.cli.target import Target, target_options
 
 
 @click.command("model")
-@address_option
+@target_options
 @timeout_option(30.0)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def command(address: str, timeout: float, as_json: bool) -> None:
+def command(target: Target, timeout: float, as_json: bool) -> None:
     """Show what the server serves: the model, its limits, and the settings of a request that names none."""
-    with connected(address) as client:
+    with connected(target) as client:
         model = client.model(timeout=timeout)
     values = MessageToDict(model, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
     if as_json:

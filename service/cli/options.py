@@ -60,17 +60,6 @@ _SAMPLING = (
 )
 
 
-def address_option(function: Function) -> Function:
-    """`--address`: where the server listens."""
-    return click.option(
-        "--address",
-        default=DEFAULT_ADDRESS,
-        show_default=True,
-        envvar="DGEMMA_ADDRESS",
-        help="The server's address: host:port, or unix:path.",
-    )(function)
-
-
 def timeout_option(default: float, what: str = "the answer") -> Callable[[Function], Function]:
     """`--timeout`: seconds until the call's deadline."""
     return click.option(

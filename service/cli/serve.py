@@ -7,10 +7,12 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from service.cli.options import DEFAULT_ADDRESS, Seconds
+from service.cli.security import security_options, security_settings
 
 
 @click.command("serve")
@@ -20,8 +22,8 @@ from service.cli.options import DEFAULT_ADDRESS, Seconds
     default=DEFAULT_ADDRESS,
     show_default=True,
     envvar="DGEMMA_ADDRESS",
-    help="Where to listen: host:port, port 0 for a free one, or unix:path. There is no encryption and no login: "
-    "beyond this machine, put a proxy in front.",
+    help="Where to listen: host:port, port 0 for a free one, or unix:path. Beyond this machine add encryption and "
+    "tokens, or put a proxy in front.",
 )
 @click.option(
     "--threads",
@@ -70,8 +72,10 @@ from service.cli.options import DEFAULT_ADDRESS, Seconds
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
     show_default=True,
-    help="What is logged on standard error, one line an event; prompts and answers never are.",
+    help="What is logged on standard error, one line an event; prompts and answers never are. `debug` adds tracebacks, "
+    "which may hold both.",
 )
+@security_options
 def command(
     bundle: Path,
     address: str,
@@ -82,6 +86,7 @@ def command(
     grace: float,
     verify_checksums: bool,
     log_level: str,
+    security: dict[str, Any],
 ) -> None:
     """Serve BUNDLE, a directory that `dgemma export` wrote, over gRPC.
 
@@ -95,7 +100,7 @@ def command(
 
     logs.configure(log_level)
     settings = Settings(bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums)
-    if not asyncio.run(serve(address, partial(load, settings), grace, announce)):
+    if not asyncio.run(serve(address, partial(load, settings), grace, announce, security_settings(security))):
         # The engine is still being loaded, and its library aborts a process that ends in an orderly way meanwhile.
         os._exit(0)
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from runtime.events import Committed, Draft
 from runtime.request import SamplingOverrides
 from service.cli.connection import connected
-from service.cli.options import address_option, prompt_text, sampling_options, timeout_option
+from service.cli.options import prompt_text, sampling_options, timeout_option
 from service.cli.picture import Picture
+from service.cli.target import Target, target_options
 
 COLOURS = 64
 """Of a PNG: all that the eye tells apart here, at a third of the size."""
@@ -19,7 +20,7 @@ COLOURS = 64
 
 @click.command("trace")
 @click.argument("prompt", required=False)
-@address_option
+@target_options
 @timeout_option(300.0)
 @click.option("--block", type=click.IntRange(min=0), default=0, show_default=True, help="Which block to draw.")
 @click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="Write the picture to this SVG file.")
@@ -27,7 +28,7 @@ COLOURS = 64
 @sampling_options
 def command(
     prompt: str | None,
-    address: str,
+    target: Target,
     timeout: float,
     block: int,
     svg: Path | None,
@@ -43,7 +44,7 @@ def command(
     text = prompt_text(prompt)
     drafts: list[Draft] = []
     committed = None
-    with connected(address) as client:
+    with connected(target) as client:
         for event in client.generate(text, sampling, draft_interval=0.0, timeout=timeout):
             if isinstance(event, Draft) and event.block_index == block:
                 drafts.append(event)

@@ -13,9 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 import service.intake
 from service import logs
 from service.lifetime import serve
+from service.security import SecuritySettings
 from service.served import Served
 from tests.service.support import PacedMailbox, make_served
 
@@ -23,7 +26,7 @@ from tests.service.support import PacedMailbox, make_served
 def main() -> None:
     directory = Path(sys.argv[1])
     options: dict[str, Any] = json.loads(sys.argv[2]) if len(sys.argv) > 2 else {}
-    logs.configure("info")
+    logs.configure(options.get("log", "info"))
     if options.get("paced"):
         service.intake.Mailbox = PacedMailbox  # type: ignore[misc]
 
@@ -40,12 +43,15 @@ def main() -> None:
                 raise RuntimeError("a bug in the runner")
 
             served.runner._turn = turn  # type: ignore[method-assign]
+        if "fault" in options:
+            engine.fail("denoise", 1, RuntimeError(options["fault"]))
         for call in range(1, 2000 if "step_seconds" in options else 0):
             engine.before("denoise", call, lambda: time.sleep(options["step_seconds"]))
         return served
 
-    address = options.get("address", "127.0.0.1:0")
-    asyncio.run(serve(address, load, options.get("grace", 30.0), lambda bound: print(bound, flush=True)))
+    address, grace = options.get("address", "127.0.0.1:0"), options.get("grace", 30.0)
+    security = msgspec.convert(options.get("security", {}), SecuritySettings, dec_hook=lambda kind, value: kind(value))
+    asyncio.run(serve(address, load, grace, lambda bound: print(bound, flush=True), security))
 
 
 if __name__ == "__main__":

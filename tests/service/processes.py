@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from service.client import Client
+from service.channel import Credentials
+from service.client import PLAIN, Client
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -41,7 +42,7 @@ class ServerProcess:
 
 
 @contextmanager
-def fake_server(directory: Path, **options: Any) -> Iterator[ServerProcess]:
+def fake_server(directory: Path, credentials: Credentials = PLAIN, **options: Any) -> Iterator[ServerProcess]:
     """Start a server and wait for it to tell its address, which it does once it is SERVING."""
     command = [sys.executable, "-m", "tests.service.fake_server", str(directory), json.dumps(options)]
     process = subprocess.Popen(
@@ -55,7 +56,7 @@ def fake_server(directory: Path, **options: Any) -> Iterator[ServerProcess]:
                 process.wait(timeout=60)
                 yield ServerProcess(process, "", Client("unused:1"))
                 return
-            with Client(address) as client:
+            with Client(address, credentials) as client:
                 yield ServerProcess(process, address, client)
         finally:
             process.kill()

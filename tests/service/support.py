@@ -39,7 +39,9 @@ from runtime.runner import Handle, Runner, Sink
 from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
 from service.client import CallFailed
+from service.lifetime import OPEN
 from service.mailbox import Mailbox
+from service.security import Security, SecuritySettings
 from service.served import Served
 from service.server import Server
 from service.transport import MAX_MESSAGE_BYTES
@@ -241,15 +243,20 @@ async def serving(
     answers: Mapping[str, str | Sequence[int]] | None = None,
     *,
     channel_options: Sequence[tuple[str, int]] = (),
+    security: SecuritySettings = OPEN,
+    credentials: grpc.ChannelCredentials | None = None,
     **options: Any,
 ) -> AsyncIterator[Harness]:
     """Serve `answers` on a free port for the time of the block."""
     engine, served = make_served(directory, answers or {}, runner_type=WatchedRunner, **options)
     runner = served.runner
     assert isinstance(runner, WatchedRunner)
-    server = Server("127.0.0.1:0")
+    server = Server("127.0.0.1:0", Security(security))
     await server.start(served)
-    channel = grpc.aio.insecure_channel(server.address, options=channel_options)
+    if credentials is None:
+        channel = grpc.aio.insecure_channel(server.address, options=channel_options)
+    else:
+        channel = grpc.aio.secure_channel(server.address, credentials, options=channel_options)
     try:
         yield Harness(engine, runner, served, server, channel, Vocabulary.load(Bundle(directory)))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pty
@@ -20,7 +21,9 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from service.channel import Credentials
 from service.cli import main
+from tests.service.certificates import make
 from tests.service.processes import ROOT, ServerProcess, fake_server
 from tests.service.support import write_bundle
 
@@ -209,6 +212,74 @@ def test_inspect_tells_facts_and_finds_changes(tmp_path: Path) -> None:
     template.write_text(template.read_text().swapcase())
     assert "chat_template.jinja changed" in refused(None, "inspect", str(tmp_path), code=1)
     assert run(None, "inspect", str(tmp_path), "--no-verify").exit_code == 0
+
+
+# Secured servers
+
+
+@pytest.fixture
+def secured(tmp_path: Path) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server with certificate, client certificates and tokens, and the files for a client of it."""
+    authority = make("authority")
+    certificate, key = make("localhost", authority).write(tmp_path, "server")
+    client_authority, _ = authority.write(tmp_path, "authority")
+    own, own_key = make("alice", authority).write(tmp_path, "alice")
+    (tmp_path / "token").write_text("a-secret\n")
+    digest = hashlib.sha256(b"a-secret").hexdigest()
+    (tmp_path / "clients.toml").write_text(f'[clients.alice]\ntoken_sha256 = "{digest}"\n')
+    tls = {"certificate": str(certificate), "key": str(key), "client_authority": str(client_authority)}
+    security = {"tls": tls, "clients": str(tmp_path / "clients.toml")}
+    credentials = Credentials(True, client_authority, own, own_key, "a-secret")
+    with fake_server(tmp_path, credentials, security=security) as server:
+        yield server, tmp_path
+
+
+def test_a_secured_server_answers_who_shows_all(secured: tuple[ServerProcess, Path]) -> None:
+    """Options of the client, or the environment; without the token, the certificate or the authority it is told."""
+    server, files = secured
+    shown = [
+        "--tls-ca",
+        f"{files}/authority.pem",
+        "--tls-cert",
+        f"{files}/alice.pem",
+        "--tls-key",
+        f"{files}/alice.key",
+    ]
+    token = ["--token-file", f"{files}/token"]
+    assert run(server, "generate", "hello", *shown, *token).stdout == "hello\n"
+    assert run(server, "generate", "hello", *shown, DGEMMA_TOKEN="a-secret").stdout == "hello\n"
+    environment = {"DGEMMA_TLS_CA": shown[1], "DGEMMA_TLS_CERT": shown[3], "DGEMMA_TLS_KEY": shown[5]}
+    environment["DGEMMA_TOKEN_FILE"] = token[1]
+    for command in (["chat"], ["trace", "hello"], ["count", "hello"], ["model"], ["bench", "--requests", "1"]):
+        assert run(server, *command, stdin="hello", **environment).exit_code == 0
+    assert "--token-file" in refused(server, "generate", "hello", *shown, code=3)
+    assert "cannot be reached" in refused(server, "generate", "hello", *shown[:2], *token, code=4)
+    assert "cannot be reached" in refused(server, "generate", "hello", "--tls", *token, code=4)
+    assert "cannot be reached" in refused(server, "generate", "hello", *token, code=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["generate", "x", "--address", "example.com:1", "--token-file", "TOKEN"], 2, "unencrypted"),
+        (["generate", "x", "--tls-cert", "x.pem"], 2, "go together"),
+        (["generate", "x", "--token-file", "none"], 1, "cannot be read"),
+        (["generate", "x", "--token-file", "EMPTY"], 1, "holds no token"),
+        (["generate", "x", "--tls-ca", "none"], 1, "cannot be read"),
+        (["serve", "x", "--tls-cert", "x.pem"], 2, "--tls-key is missing"),
+        (["serve", "x", "--tls-client-ca", "x.pem"], 2, "--tls-cert"),
+        (["serve", "x", "--jwks", "x.json", "--jwt-issuer", "y"], 2, "--jwt-audience is missing"),
+        (["serve", "x", "--address", "127.0.0.1:0", "--tls-cert", "EMPTY", "--tls-key", "EMPTY"], 1, "no certificate"),
+        (["serve", "x", "--address", "127.0.0.1:0", "--clients", "none"], 1, "cannot be read"),
+    ],
+)
+def test_wrong_security_is_told(tmp_path: Path, arguments: list[str], code: int, says: str) -> None:
+    (tmp_path / "token").write_text("a-secret")
+    (tmp_path / "empty").write_text("")
+    paths = {"TOKEN": f"{tmp_path}/token", "EMPTY": f"{tmp_path}/empty"}
+    result = dgemma(*(paths.get(argument, argument) for argument in arguments))
+    assert (result.returncode, "Traceback" in result.stderr) == (code, False), result.stderr
+    assert says in result.stderr
 
 
 # The program as a whole

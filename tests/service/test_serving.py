@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from diffusiongemma.v1 import generation_pb2, model_pb2
 from runtime.engines.fake import FACTS
+from service.authentication import Authenticator
 from service.interceptor import StatusInterceptor
 from service.server import SERVICES
 from service.transport import MAX_MESSAGE_BYTES
@@ -135,7 +136,7 @@ class Handlers:
 async def guarded() -> AsyncIterator[tuple[Handlers, grpc.aio.Channel]]:
     """The handlers behind the interceptor on a real socket."""
     handlers = Handlers()
-    server = grpc.aio.server(interceptors=[StatusInterceptor(MAX_MESSAGE_BYTES)])
+    server = grpc.aio.server(interceptors=[StatusInterceptor(Authenticator(), MAX_MESSAGE_BYTES)])
     methods: dict[str, Any] = {
         "single": grpc.unary_unary_rpc_method_handler(handlers.single),
         "generator": grpc.unary_stream_rpc_method_handler(handlers.generator),

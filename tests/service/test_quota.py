@@ -1,0 +1,147 @@
+"""What one client may have, against a model in fractions, and over a real socket."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+
+import grpc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import ClientLimitReached
+from service.quota import MAX_REMEMBERED, ClientLimits, Quotas
+from service.security import SecuritySettings
+from tests.service.support import failure_of, finished, reached, request, serving
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    st.integers(1, 5),
+    st.integers(1, 1000),
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("wait"), st.integers(0, 90)),
+            st.tuples(st.just("begin"), st.integers(0, 300)),
+            st.tuples(st.just("end"), st.integers(0, 4)),
+        ),
+        max_size=40,
+    ),
+)
+def test_like_a_bucket_in_fractions(most: int, per_minute: int, acts: list[tuple[str, int]]) -> None:
+    """Catches a limit that is off by one, tokens that come in twice, and a minute's worth that grows without bound."""
+    clock = Clock()
+    quotas = Quotas(lambda _: ClientLimits(most, per_minute), clock)
+    level, open_ones = Fraction(per_minute), []
+    for act, amount in acts:
+        if act == "wait":
+            clock.now += amount
+            level = min(Fraction(per_minute), level + Fraction(per_minute * amount, 60))
+        elif act == "end" and open_ones:
+            open_ones.pop(amount % len(open_ones)).close()
+        elif act == "begin":
+            if abs(level) < Fraction(1, 10**6):
+                continue  # where floats may take either side
+            stack = ExitStack()
+            if len(open_ones) >= most or level < 0:
+                with pytest.raises(ClientLimitReached):
+                    stack.enter_context(quotas.generation("client"))
+                continue
+            stack.enter_context(quotas.generation("client")).spend(amount)
+            level -= amount
+            open_ones.append(stack)
+
+
+def test_after_the_time_that_is_told_the_next_one_goes() -> None:
+    """And not a little before: the time told is that in which a token has come in."""
+    clock = Clock()
+    quotas = Quotas(lambda _: ClientLimits(tokens_per_minute=60), clock)
+    with quotas.generation("client") as account:
+        account.spend(100)
+    with pytest.raises(ClientLimitReached) as caught, quotas.generation("client"):
+        pass
+    assert caught.value.retry_after == pytest.approx(41)
+    clock.now += 39.9
+    with pytest.raises(ClientLimitReached), quotas.generation("client"):
+        pass
+    clock.now += 1.1
+    with quotas.generation("client"):
+        pass
+
+
+def test_who_has_spent_all_has_to_wait() -> None:
+    quotas = Quotas(lambda _: ClientLimits(tokens_per_minute=60), Clock())
+    with quotas.generation("client") as account:
+        account.spend(60)
+    with pytest.raises(ClientLimitReached), quotas.generation("client"):
+        pass
+
+
+def test_limits_that_change_hold_at_once() -> None:
+    limits = {"client": ClientLimits()}
+    quotas = Quotas(lambda name: limits[name], Clock())
+    with quotas.generation("client") as account:
+        account.spend(10**6)
+        limits["client"] = ClientLimits(max_concurrent=1)
+        with pytest.raises(ClientLimitReached), quotas.generation("client"):
+            pass
+    limits["client"] = ClientLimits(tokens_per_minute=60)
+    with quotas.generation("client"):  # nothing is owed from the time without a limit
+        pass
+
+
+def test_clients_at_rest_are_forgotten() -> None:
+    """Catches accounts that pile up with every address that ever called; one in debt is kept."""
+    quotas = Quotas(lambda _: ClientLimits(tokens_per_minute=60), Clock())
+    with quotas.generation("debtor") as account:
+        account.spend(1000)
+    for index in range(5 * MAX_REMEMBERED):
+        with quotas.generation(f"client {index}"):
+            pass
+    assert len(quotas._accounts) <= MAX_REMEMBERED
+    with pytest.raises(ClientLimitReached), quotas.generation("debtor"):
+        pass
+
+
+async def test_concurrency_over_a_socket(tmp_path: Path) -> None:
+    """Two generations of one machine at a time; when one has ended, the next goes."""
+    security = SecuritySettings(limits=ClientLimits(max_concurrent=2))
+    async with serving(tmp_path, security=security) as harness:
+        with harness.engine.hold("encode", 1) as gate:
+            calls = [harness.generation.Generate(request(text), timeout=60) for text in ("one", "two")]
+            await reached(gate)
+            for _ in calls:
+                await harness.runner.submitted()
+            failure = await failure_of(harness.generation.Generate(request("three"), timeout=60))
+            assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_LIMIT_REACHED")
+            assert failure.metadata == {"limit": "max_concurrent", "value": "2"}
+            assert failure.retry_after is not None
+        for call in calls:
+            assert await finished(call)
+        assert await finished(harness.generation.Generate(request("four"), timeout=60))
+
+
+async def test_tokens_over_a_socket(tmp_path: Path) -> None:
+    """Prompt and answer count: the first request spends more than a minute's worth, the second has to wait."""
+    security = SecuritySettings(limits=ClientLimits(tokens_per_minute=60))
+    async with serving(tmp_path, {"go": "x" * 100}, security=security) as harness:
+        call = harness.generation.Generate(request("go"), timeout=60)
+        spent = sum([_tokens_of(response) async for response in call])
+        failure = await failure_of(harness.generation.Generate(request("go"), timeout=60))
+    assert spent == 100 + 17
+    assert (failure.code, failure.metadata["limit"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens_per_minute")
+    assert failure.retry_after is not None
+    assert spent - 60 - 10 < failure.retry_after <= spent - 60 + 1  # a token a second, some of which have passed
+
+
+def _tokens_of(response: object) -> int:
+    started, committed = getattr(response, "started"), getattr(response, "committed")  # noqa: B009
+    return int(started.prompt_token_count) + len(committed.token_ids)
