@@ -25,7 +25,7 @@ SOFTCAP, EMBEDDING_SCALE = 30.0, HIDDEN**0.5
 END_TOKENS = [1, 106, 50]
 
 
-def random_readout(canvases: int, generator: torch.Generator) -> list[Tensor]:
+def random_readout(canvases: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments of `canvas_readout`, the first canvas guarded and its position 0 all for a guarded token."""
     draw = partial(torch.randn, dtype=torch.bfloat16, device="cuda", generator=generator)
     embedding = draw(VOCABULARY, HIDDEN) / HIDDEN**0.5
@@ -33,14 +33,14 @@ def random_readout(canvases: int, generator: torch.Generator) -> list[Tensor]:
     spread = torch.linspace(0.5, 8.0, CANVAS, device="cuda", dtype=torch.bfloat16)[:, None]
     hidden = draw(canvases, CANVAS, HIDDEN) * spread
     hidden[0, 0] = 8 * embedding[END_TOKENS[0]] * HIDDEN**0.5
-    return [
+    return (
         hidden,
         embedding,
         torch.linspace(0.4, 0.8, canvases, device="cuda"),
         torch.rand(canvases, CANVAS, device="cuda", generator=generator),
         torch.arange(canvases, device="cuda") == 0,
         torch.tensor(END_TOKENS, device="cuda"),
-    ]
+    )
 
 
 def check() -> list[dict[str, object]]:

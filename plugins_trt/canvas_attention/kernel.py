@@ -49,6 +49,7 @@ def canvas_attention(
     start: Tensor,
     kv_start: Tensor,
     kv_end: Tensor,
+    *,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> Tensor:
     """Grouped-query attention of `B` rows of `S` tokens over their prefix in the pool and over themselves.

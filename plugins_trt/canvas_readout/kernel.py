@@ -32,6 +32,7 @@ def canvas_readout(
     guarded_ids: Tensor,
     softcap: float,
     embedding_scale: float,
+    *,
     at_a_time: int = POSITIONS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Reduce the vocabulary axis of `R` canvases to what the diffusion loop needs.
