@@ -136,9 +136,8 @@ class _Call:
 
     def key_tiles(self, keys: int) -> int:
         """Most tiles of `keys` keys that a block of rows may see."""
-        return triton.cdiv(self.page_table.shape[1] * self.key_pool.shape[1], keys) + triton.cdiv(
-            self.key.shape[1], keys
-        )
+        slots, S = self.page_table.shape[1] * self.key_pool.shape[1], self.key.shape[1]
+        return -(-slots // keys) + -(-S // keys)
 
     def partials(self, splits: int, dtype: torch.dtype) -> Tensor:
         """Scratch for the results of splits of the keys."""

@@ -92,9 +92,8 @@ class _Results:
 
     @classmethod
     def empty(cls, hidden: Tensor) -> _Results:
-        ids = (torch.empty(hidden.shape[:2], dtype=torch.int64, device=hidden.device) for _ in range(2))
-        entropy = torch.empty(hidden.shape[:2], dtype=torch.float32, device=hidden.device)
-        return cls(*ids, entropy, torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device))
+        ids = torch.empty(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        return cls(ids, torch.empty_like(ids), torch.empty_like(ids, dtype=torch.float32), torch.empty_like(hidden))
 
     def of(self, part: slice) -> _Results:
         return _Results(self.argmax_ids[part], self.candidate_ids[part], self.entropy[part], self.soft_embedding[part])

@@ -1,0 +1,1 @@
+"""Norms and rotation of the heads that attention reads, in one operation."""
