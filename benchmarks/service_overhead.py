@@ -19,7 +19,7 @@ from runtime.bundle import Bundle
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.engines.protocol import DenoiseRow, EncodeRow
 from runtime.events import Draft, Finished
-from runtime.generation import ENCODE_CHUNK, Encode, Generation
+from runtime.generation import Encode, Generation
 from runtime.pool import PagePool
 from runtime.request import GenerationRequest, SamplingOverrides
 from runtime.vocabulary import Vocabulary
@@ -72,7 +72,7 @@ class Loop:
         vocabulary = Vocabulary.load(bundle)
         self._new = partial(Generation, request, manifest.model, manifest.generation, vocabulary)
         self._engine = OnnxRuntimeEngine.load(bundle, Options(threads=threads))
-        self._pool = PagePool(self._engine.pool, manifest.model, ENCODE_CHUNK)
+        self._pool = PagePool(self._engine.pool, manifest.model)
 
     def block(self) -> float:
         """Seconds from the prompt's token ids to the committed block."""

@@ -20,7 +20,7 @@ from benchmarks.figures import Figure, Setting, Unavailable, milliseconds, quiet
 from runtime.bundle import Bundle
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.engines.protocol import DenoiseRow, EncodeRow
-from runtime.generation import ENCODE_CHUNK, Encode, Generation
+from runtime.generation import Encode, Generation
 from runtime.pool import PagePool
 from runtime.request import MAX_DENOISING_STEPS, GenerationRequest, SamplingOverrides
 from runtime.vocabulary import Vocabulary
@@ -75,7 +75,7 @@ class Ours:
             Generation, request, manifest.model, manifest.generation, vocabulary
         )
         self._generation = self._new()
-        pool = PagePool(self._engine.pool, manifest.model, ENCODE_CHUNK)
+        pool = PagePool(self._engine.pool, manifest.model)
         self._pages = pool.reserve(self._generation.total_positions)
         self._prefill()
 

@@ -12,15 +12,13 @@ from numpy.typing import NDArray
 
 from runtime.bundle import GenerationDefaults, ModelFacts
 from runtime.diffusion import CanvasDiffusion, DenoisingStep
-from runtime.engines.protocol import Readout
+from runtime.engines.protocol import ENCODE_CHUNK, Readout
+from runtime.errors import InvalidRequest, Violation
 from runtime.events import Committed, Draft, Event, Finished, FinishReason, Started, Usage
 from runtime.random import CanvasStream
 from runtime.request import GenerationRequest
 from runtime.text import AnswerText
 from runtime.vocabulary import Vocabulary
-
-ENCODE_CHUNK = 256
-"""Most tokens of one encode call: a canvas' worth, so that a long prompt delays other canvases by about one step."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Denoise:
     temperature: float
     uniform: NDArray[np.float32]
     guard_first: bool
+    block_index: int
 
 
 class Generation:
@@ -50,7 +49,8 @@ class Generation:
 
     `start` once, then until `finished`: run `next_call` on the engine and hand the result to `encoded` or `denoised`.
     The prompt is encoded in chunks; then canvas after canvas is denoised, committed and, unless it was the last one,
-    encoded as it was committed: whole, with what stands behind a cut.
+    encoded as it was committed: whole, with what stands behind a cut. What was committed for an earlier stream of the
+    same request is encoded behind the prompt in the same pieces, so that the answer goes on as that stream would have.
     """
 
     def __init__(
@@ -64,10 +64,13 @@ class Generation:
         self.request, self._facts, self._chunk = request, facts, chunk
         self._end_token_ids = np.array(defaults.end_token_ids, dtype=np.int64)
         self._answer = AnswerText(vocabulary, request.sampling.stop_strings)
-        self._position = 0
-        self._unencoded = request.prompt_ids
+        self._pieces = [request.prompt_ids]
+        """Prompt and committed canvases: no encode call spans two of them."""
+        self._piece = self._done = self._position = 0
+        """Which piece is being encoded, how many of its tokens are, and how many tokens are in all."""
         self._blocks = self._output_tokens = self._denoising_steps = 0
         self._queue_seconds = self._prefill_seconds = self._denoise_seconds = 0.0
+        self._take_over(request.committed_ids)
         self._canvas = self._new_canvas()
         self.finished = False
         """True once a Finished event was handed out."""
@@ -84,24 +87,56 @@ class Generation:
         facts, request = self._facts, self.request
         return [Started(request.model, request.sampling, facts.canvas_length, len(request.prompt_ids))]
 
+    @property
+    def encode_tokens(self) -> int:
+        """Tokens of the `Encode` call that this request needs now; 0 where it needs a `Denoise` call."""
+        return min(self._chunk, len(self._rest())) if self._piece < len(self._pieces) else 0
+
+    @property
+    def prompt_position(self) -> int | None:
+        """How many of the prompt's tokens are encoded; None once all are."""
+        return self._position if self._piece == 0 else None
+
     def next_call(self) -> Encode | Denoise:
         """The call of the engine that this request needs now; the same until its result is handed in."""
         assert not self.finished
-        if len(self._unencoded):
-            return Encode(self._unencoded[: self._chunk], self._position)
+        if self.encode_tokens:
+            return Encode(self._rest()[: self._chunk], self._position)
         canvas = self._canvas
         guard = self.request.sampling.end_token_guard and self._blocks == 0
-        return Denoise(canvas.canvas, self._position, canvas.steps_made == 0, canvas.temperature, canvas.uniform, guard)
+        return Denoise(
+            canvas.canvas,
+            self._position,
+            canvas.steps_made == 0,
+            canvas.temperature,
+            canvas.uniform,
+            guard,
+            self._blocks,
+        )
 
     def encoded(self, seconds: float) -> list[Event]:
         """The `Encode` call is done; `seconds` is how long it took."""
-        if self._blocks:
+        if self._piece:
             self._denoise_seconds += seconds
         else:
             self._prefill_seconds += seconds
-        count = min(self._chunk, len(self._unencoded))
-        self._position, self._unencoded = self._position + count, self._unencoded[count:]
+        self._pass(self.encode_tokens)
         return []
+
+    def skip_to(self, position: int) -> None:
+        """The prompt's first `position` tokens are in the pool already; not less than are encoded."""
+        assert self._piece == 0
+        assert self._position <= position <= len(self.request.prompt_ids)
+        self._pass(position - self._position)
+
+    def rewind(self) -> None:
+        """What was encoded is lost: begin again with the prompt, keep what is committed, denoise the open canvas anew.
+
+        The answer stays the same, since the same pieces are encoded and the canvas draws the same numbers again.
+        """
+        self._piece = self._done = self._position = 0
+        self._denoising_steps -= self._canvas.steps_made
+        self._canvas = self._new_canvas()
 
     def denoised(self, readout: Readout, seconds: float, draft: bool) -> list[Event]:
         """The `Denoise` call is done; `seconds` is how long it took, `draft` asks for a Draft among the events."""
@@ -110,6 +145,31 @@ class Generation:
         step = self._canvas.advance(readout)
         events: list[Event] = [self._draft(step, readout)] if draft else []
         return events + self._commit() if self._canvas.finished else events
+
+    def _rest(self) -> NDArray[np.int64]:
+        return self._pieces[self._piece][self._done :]
+
+    def _pass(self, count: int) -> None:
+        """Count tokens as encoded."""
+        self._position += count
+        self._done += count
+        if self._done == len(self._pieces[self._piece]):
+            self._piece, self._done = self._piece + 1, 0
+
+    def _take_over(self, committed_ids: NDArray[np.int64]) -> None:
+        """Go on behind the canvases that an earlier stream of this request has told."""
+        length = self._facts.canvas_length
+        if len(committed_ids) % length:
+            description = f"holds {len(committed_ids)} tokens; give whole blocks of {length}"
+            raise InvalidRequest(Violation("committed_ids", description))
+        for canvas in committed_ids.reshape(-1, length):
+            _, reason = self._cut(canvas)
+            if reason is not None or self._answer.append(canvas, last=False).stop_string is not None:
+                description = f"ends the answer in block {self._blocks}; nothing is left to generate"
+                raise InvalidRequest(Violation("committed_ids", description))
+            self._pieces.append(canvas)
+            self._blocks += 1
+            self._output_tokens += length
 
     def _draft(self, step: DenoisingStep, readout: Readout) -> Draft:
         token_ids, _ = self._cut(readout.argmax_ids)
@@ -137,7 +197,8 @@ class Generation:
         if reason is not None:
             self.finished = True
             return [committed, Finished(reason, added.stop_string, self._usage())]
-        self._unencoded, self._canvas = canvas.argmax, self._new_canvas()
+        self._pieces.append(canvas.argmax)
+        self._canvas = self._new_canvas()
         return [committed]
 
     def _cut(self, canvas: NDArray[np.int64]) -> tuple[NDArray[np.int64], FinishReason | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -105,6 +105,8 @@ class GenerationRequest:
     sampling: SamplingParameters
     drafts: bool = False
     """Whether drafts of the open block are wanted."""
+    committed_ids: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Blocks that an earlier stream of this request has committed, `[blocks * canvas_length]`: the answer goes on."""
 
 
 def output_room(facts: ModelFacts, prompt_tokens: int, field: str = "prompt") -> int:

@@ -8,71 +8,51 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine
-from runtime.errors import DgemmaError, Draining, EngineFault
+from runtime.calls import EngineCalls
+from runtime.engines.protocol import Engine
+from runtime.errors import Draining, EngineFault
 from runtime.events import Event, Finished
-from runtime.generation import ENCODE_CHUNK, Denoise, Encode, Generation
+from runtime.generation import Generation
+from runtime.job import Job, Outcome, Sink, run, share_prefix
 from runtime.pool import PagePool
 from runtime.request import GenerationRequest
-from runtime.scheduler import Limits, Scheduler, Ticket
+from runtime.scheduler import Limits, Scheduler
+from runtime.ticket import Priority, Ticket
 
 log = logging.getLogger(__name__)
-
-Outcome = Event | DgemmaError
-"""What a request's sink is given: events, and at most one error, which is then the last thing it gets."""
 
 CLOSE_TIMEOUT = 30.0
 """Seconds that `close` waits for the call in progress; far beyond any call, so a longer one hangs."""
 
 
-class Sink(Protocol):
-    """Where a request's outcomes go. Called on the engine's thread: must neither block nor raise."""
-
-    def put(self, outcome: Outcome) -> None:
-        """Take the next outcome; `Finished` or an error is the last."""
-
-    def wants_draft(self) -> bool:
-        """Whether the step about to run should make a draft; asked only of requests with drafts."""
-
-    def ready(self) -> bool:
-        """False parks the request between two steps, keeping its pages, while others go on; see `Handle.wake`."""
-
-
 class Handle:
     """A submitted request. Safe to use from any thread, also after the request has ended."""
 
-    def __init__(self, ticket: Ticket[_Job], signal: threading.Event) -> None:
-        self._ticket, self._signal = ticket, signal
+    def __init__(self, cancel: Callable[[], None], wake: Callable[[], None]) -> None:
+        self._cancel, self._wake = cancel, wake
 
     def cancel(self) -> None:
         """End the request within one engine call: its sink gets `Cancelled` unless it has ended before."""
-        self._ticket.cancelled = True
-        self._signal.set()
+        self._cancel()
 
     def wake(self) -> None:
         """Say that the sink's `ready()` may have turned true."""
-        self._signal.set()
+        self._wake()
 
 
 @dataclass(frozen=True)
 class Load:
-    """How busy a runner is."""
+    """How busy a runner is, in requests."""
 
     waiting: int
     active: int
-
-
-@dataclass(frozen=True)
-class _Job:
-    request: GenerationRequest
-    generation: Generation
-    sink: Sink
+    suspended: int = 0
+    """Parked for slow readers, without pages."""
 
 
 class Runner:
-    """Runs the requests' generations on one engine, a row a call, in turn."""
+    """Runs the requests' generations on one engine, as many rows a call as it takes."""
 
     def __init__(
         self,
@@ -81,20 +61,26 @@ class Runner:
         *,
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
+        rebuild: Callable[[], Engine] | None = None,
     ) -> None:
         """Take over `engine`, which from `start` on belongs to the runner's thread.
 
         Args:
             engine: closed by `close`.
-            generations: makes a request's state machine; called on the submitting thread.
+            generations: makes a request's state machine, whose chunk is the engine's; called on the submitting thread.
             limits: how much is taken on at a time.
             clock: seconds, of deadlines too.
+            rebuild: makes the engine anew where it fails call after call; called on the runner's thread, after the
+                old one is closed. The requests that live are encoded again and go on. None: the engine is kept.
         """
-        self._engine, self._generations, self._clock = engine, generations, clock
-        pool = PagePool(engine.pool, engine.facts, ENCODE_CHUNK)
-        self._scheduler: Scheduler[_Job] = Scheduler(pool, engine.pool.canvas_slots, limits or Limits(), clock)
+        limits = limits or Limits()
+        self._generations, self._clock, self._rebuild = generations, clock, rebuild
+        rows = engine.pool.rows_per_call
+        self._calls = EngineCalls(engine, clock, rows if limits.max_rows is None else min(rows, limits.max_rows))
+        self._pool = PagePool(engine.pool, engine.facts)
+        self._scheduler: Scheduler[Job] = Scheduler(self._pool, engine.pool.canvas_slots, limits, clock)
         self._lock = threading.Lock()
-        """Held for the scheduler's queue, and never while the engine or a sink is called."""
+        """Held for the scheduler, and never while the engine or a sink is called."""
         self._signal = threading.Event()
         """Set whenever the engine's thread should look again."""
         self._idle = threading.Event()
@@ -106,40 +92,64 @@ class Runner:
     def load(self) -> Load:
         """How busy the runner is."""
         with self._lock:
-            return Load(self._scheduler.waiting, self._scheduler.active)
+            scheduler = self._scheduler
+            return Load(scheduler.waiting, len(scheduler.active), len(scheduler.suspended))
 
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def stalled_for(self) -> float:
+        """Seconds that the engine call in progress has taken; 0 where there is none. For a watchdog."""
+        return self._calls.seconds_in_call
+
     def start(self) -> None:
         """Start the engine's thread."""
         self._thread.start()
 
-    def submit(self, request: GenerationRequest, sink: Sink, deadline: float | None = None) -> Handle:
+    def submit(
+        self,
+        request: GenerationRequest,
+        sink: Sink,
+        deadline: float | None = None,
+        *,
+        client: str = "",
+        priority: Priority = Priority.INTERACTIVE,
+    ) -> Handle:
         """Queue a request; its events go to `sink`.
 
         Args:
             request: what to generate.
             sink: gets the events.
             deadline: when the request ends with `DeadlineTooShort`, in the clock's seconds.
+            client: whose request it is; clients take turns.
+            priority: who goes first.
 
         Raises:
-            InvalidRequest: it can never fit into the pool.
+            InvalidRequest: it can never fit into the pool, or what it has committed is no whole blocks.
             DeadlineTooShort: the deadline has passed.
             QueueFull: too many requests wait.
             Draining: no more requests are taken.
         """
         generation = self._generations(request)
+        ticket = Ticket(
+            Job(generation, sink),
+            generation.total_positions,
+            self._clock(),
+            deadline,
+            self._pool.digests(request.prompt_ids),
+            client,
+            priority,
+        )
         with self._lock:
             if self._draining:
                 raise Draining("the server is shutting down; ask another one")
-            job = _Job(request, generation, sink)
-            ticket = self._scheduler.submit(job, generation.total_positions, deadline)
+            self._scheduler.submit(ticket)
             self._idle.clear()
         self._signal.set()
-        return Handle(ticket, self._signal)
+        return Handle(lambda: self._cancel(ticket), self._signal.set)
 
     def drain(self, grace: float) -> bool:
         """Take no more requests and wait up to `grace` seconds for the others; the rest end with `Draining`.
@@ -161,11 +171,16 @@ class Runner:
         self._closing = True
         self._signal.set()
         if self._thread.ident is None:
-            self._engine.close()
+            self._calls.close()
             return
         self._thread.join(CLOSE_TIMEOUT)
         if self._thread.is_alive():
             log.error("an engine call has not returned for %s s; leaving its thread behind", CLOSE_TIMEOUT)
+
+    def _cancel(self, ticket: Ticket[Job]) -> None:
+        with self._lock:
+            self._scheduler.cancel(ticket)
+        self._signal.set()
 
     def _run(self) -> None:
         try:
@@ -173,7 +188,7 @@ class Runner:
                 # Cleared before looking: what is set while looking is looked at in the next round.
                 self._signal.clear()
                 if not self._turn():
-                    self._signal.wait(self._seconds_to_deadline())
+                    self._signal.wait(self._seconds_to_wait())
         except Exception:
             log.critical("the engine's thread ends", exc_info=True)
         finally:
@@ -187,87 +202,108 @@ class Runner:
         for ticket in left:
             self._put(ticket, EngineFault(secrets.token_hex(8)))
         self._idle.set()
-        self._engine.close()
+        self._calls.close()
 
     def _turn(self) -> bool:
         """Look at the queue once and make one engine call; False where there is none to make."""
+        self._sweep()
+        self._admit()
+        chosen = self._scheduler.next(Job.need, self._calls.rows)
+        slow = self._scheduler.overdue()
+        with self._lock:
+            for ticket in slow:
+                self._scheduler.suspend(ticket)
+        for ticket in slow:
+            ticket.work.generation.rewind()
+        if chosen:
+            self._step(chosen)
+        return bool(chosen or slow)
+
+    def _sweep(self) -> None:
         with self._lock:
             ended = self._scheduler.sweep()
             if self._abandoning:
                 draining = Draining("the server shut down before the request was done; ask another one")
                 ended += [(ticket, draining) for ticket in self._scheduler.drop_all()]
-            admitted = self._scheduler.admit()
         for ticket, error in ended:
             self._put(ticket, error)
         with self._lock:
-            if not self._scheduler.waiting and not self._scheduler.active:
+            if self._scheduler.empty:
                 self._idle.set()
-        for ticket in admitted:
-            self._guarded(self._begin, ticket)
-        chosen = self._scheduler.next(lambda job: job.sink.ready())
-        if chosen is not None:
-            self._guarded(self._step, chosen)
-        return chosen is not None
 
-    def _guarded(self, act: Callable[[Ticket[_Job]], None], ticket: Ticket[_Job]) -> None:
-        """Do something for a request; whatever goes wrong ends that request alone."""
+    def _admit(self) -> None:
+        awake = [ticket for ticket in self._scheduler.suspended if ticket.work.sink.ready()]
+        with self._lock:
+            for ticket in awake:
+                self._scheduler.resume(ticket)
+            admission = self._scheduler.admit()
+        for ticket in admission.sent_back:
+            ticket.work.generation.rewind()
+        for ticket in admission.admitted:
+            self._hand_out(ticket, self._begin(ticket))
+
+    def _begin(self, ticket: Ticket[Job]) -> list[Event] | Exception:
+        job = ticket.work
         try:
-            act(ticket)
-        except Exception:
+            events = [] if job.started else job.generation.start(self._clock() - ticket.submitted)
+            job.started = True
+            share_prefix(ticket)
+        except Exception as error:
+            return error
+        return events
+
+    def _step(self, tickets: list[Ticket[Job]]) -> None:
+        """Make the call that these requests need next."""
+        if tickets[0].work.generation.encode_tokens:
+            for ticket in tickets:
+                share_prefix(ticket)
+            # Others may have encoded all that a request still needed: its canvas is denoised in another turn.
+            tickets = [ticket for ticket in tickets if ticket.work.generation.encode_tokens]
+        if not tickets:
+            return
+        for ticket, outcome in zip(tickets, run(tickets, self._calls), strict=True):
+            self._hand_out(ticket, outcome)
+        if self._calls.suspect and self._rebuild is not None:
+            self._start_anew(self._rebuild)
+
+    def _start_anew(self, build: Callable[[], Engine]) -> None:
+        """Have a new engine go on with the requests that are left."""
+        log.error("the engine failed call after call; building it anew")
+        with self._lock:
+            tickets = list(self._scheduler.active)
+            for ticket in reversed(tickets):
+                self._scheduler.send_back(ticket)
+        for ticket in tickets:
+            ticket.work.generation.rewind()
+        self._calls.replace(build)
+        self._pool.forget()
+
+    def _hand_out(self, ticket: Ticket[Job], outcome: list[Event] | Exception) -> None:
+        """Tell what a call brought; an exception ends the request."""
+        if isinstance(outcome, Exception):
             fault = EngineFault(secrets.token_hex(8))
-            log.exception("engine fault %s", fault.correlation_id)
+            log.error("engine fault %s", fault.correlation_id, exc_info=outcome)
             self._finish(ticket)
             self._put(ticket, fault)
-
-    def _begin(self, ticket: Ticket[_Job]) -> None:
-        self._hand_out(ticket, ticket.work.generation.start(self._clock() - ticket.submitted))
-
-    def _step(self, ticket: Ticket[_Job]) -> None:
-        call = ticket.work.generation.next_call()
-        self._hand_out(ticket, self._encode(ticket, call) if isinstance(call, Encode) else self._denoise(ticket, call))
-
-    def _encode(self, ticket: Ticket[_Job], call: Encode) -> list[Event]:
-        prefix = ticket.pages.cover(call.start, call.start + len(call.token_ids))
-        began = self._clock()
-        self._engine.encode([EncodeRow(call.token_ids, call.start, prefix)])
-        return ticket.work.generation.encoded(self._clock() - began)
-
-    def _denoise(self, ticket: Ticket[_Job], call: Denoise) -> list[Event]:
-        job = ticket.work
-        row = DenoiseRow(
-            call.canvas,
-            call.start,
-            ticket.pages.cover(call.start, call.start),
-            ticket.slot,
-            call.first_step,
-            call.temperature,
-            call.uniform,
-            call.guard_first,
-        )
-        began = self._clock()
-        [readout] = self._engine.denoise([row])
-        seconds = self._clock() - began
-        return job.generation.denoised(readout, seconds, job.request.drafts and job.sink.wants_draft())
-
-    def _hand_out(self, ticket: Ticket[_Job], events: list[Event]) -> None:
-        if any(isinstance(event, Finished) for event in events):
+            return
+        if any(isinstance(event, Finished) for event in outcome):
             # Before the sink hears of it, so that a caller who reacts finds the pages free.
             self._finish(ticket)
-        for event in events:
+        for event in outcome:
             self._put(ticket, event)
 
-    def _finish(self, ticket: Ticket[_Job]) -> None:
+    def _finish(self, ticket: Ticket[Job]) -> None:
         with self._lock:
             self._scheduler.finish(ticket)
 
-    def _put(self, ticket: Ticket[_Job], outcome: Outcome) -> None:
+    def _put(self, ticket: Ticket[Job], outcome: Outcome) -> None:
         try:
             ticket.work.sink.put(outcome)
         except Exception:
             log.exception("a sink failed; its request is cancelled")
-            ticket.cancelled = True
+            self._cancel(ticket)
 
-    def _seconds_to_deadline(self) -> float | None:
+    def _seconds_to_wait(self) -> float | None:
         with self._lock:
-            deadline = self._scheduler.next_deadline()
-        return None if deadline is None else max(0.0, deadline - self._clock())
+            wake_at = self._scheduler.wake_at()
+        return None if wake_at is None else max(0.0, wake_at - self._clock())

@@ -1,26 +1,33 @@
-"""Which request runs next: a bounded queue, admission by pages and slots, round-robin over what was admitted.
+"""Which requests run: a bounded queue, admission by pages and slots, and who shares the next engine call.
 
 No tensors, no threads, no engine. The caller asks `sweep`, `admit` and `next` once a step and does what they say.
+
+Requests wait by priority, and within it clients in turn (`runtime.waiting`). Nobody overtakes the request that is next:
+what it needs becomes free in time. BATCH requests give way: where an INTERACTIVE request finds no room the newest of
+them is sent back to the queue, keeping what it has committed. So that they do not starve, BATCH requests that are older
+than `Limits.ageing` have a quarter of the places, where they go first and are not sent back.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from runtime.drain_rate import DrainRate
 from runtime.errors import Cancelled, DeadlineTooShort, DgemmaError, InvalidRequest, QueueFull, Violation
-from runtime.pool import PagePool, Sequence
+from runtime.pool import PagePool
+from runtime.ticket import Priority, State, Ticket
+from runtime.turns import Turns
+from runtime.waiting import WaitingLine
 
 T = TypeVar("T")
 
-FIRST_GUESS = 1.0
-"""Seconds a request is taken to need before any has finished."""
-LONGEST_RETRY = 60.0
-"""Seconds; a client that comes later than this learns nothing new by waiting."""
-SMOOTHING = 0.2
-"""Weight of the newest interval in the drain rate: about the last ten requests count."""
+AGED_SHARE = 4
+"""One place of this many, and at least one, is for BATCH requests that have waited long."""
 
 
 @dataclass(frozen=True)
@@ -31,47 +38,63 @@ class Limits:
     """Requests that share the engine; never more than the engine has canvas slots."""
     max_waiting: int = 64
     """Requests in the queue."""
+    max_rows: int | None = None
+    """Requests that share an engine call; None: as many as the engine takes."""
+    ageing: float = 30.0
+    """Seconds from its submission after which a BATCH request may claim one of the places kept for such."""
+    park_seconds: float = 10.0
+    """How long a request whose reader is not ready keeps its pages and its slot."""
 
 
-@dataclass(eq=False)
-class Ticket(Generic[T]):
-    """One request on its way through the scheduler."""
+@dataclass(frozen=True)
+class Admission(Generic[T]):
+    """Who came in, and who had to leave for that."""
 
-    work: T
-    tokens: int
-    """Positions to reserve: prompt and whole canvases."""
-    deadline: float | None
-    """Seconds on the scheduler's clock."""
-    submitted: float
-    cancelled: bool = False
-    """Set by the caller; looked at by `sweep`."""
-    pages: Sequence = field(init=False)
-    """From admission on."""
-    slot: int = field(init=False)
-    """The engine's canvas slot, from admission on."""
+    admitted: list[Ticket[T]]
+    sent_back: list[Ticket[T]]
+    """These were active before and wait again; some of them may be among the admitted once more."""
 
 
 class Scheduler(Generic[T]):
-    """Requests waiting and requests active."""
+    """Requests waiting, active and suspended."""
 
     def __init__(self, pool: PagePool, slots: int, limits: Limits, clock: Callable[[], float]) -> None:
         self._pool, self._limits, self._clock = pool, limits, clock
-        self._waiting: deque[Ticket[T]] = deque()
-        self._active: deque[Ticket[T]] = deque()
-        self._free_slots = deque(range(min(slots, limits.max_active)))
-        self._drain = _DrainRate()
+        self._turns: Turns[T] = Turns(pool.encode_chunk)
+        self._line: WaitingLine[T] = WaitingLine()
+        self._active: dict[Ticket[T], None] = {}
+        """Ordered by admission."""
+        self._suspended: dict[Ticket[T], None] = {}
+        self._places = min(slots, limits.max_active)
+        self._free_slots = deque(range(self._places))
+        self._drain = DrainRate()
+        self._cancelled: list[Ticket[T]] = []
+        self._deadlines: list[tuple[float, int, Ticket[T]]] = []
+        """A heap; tickets that are done stay in it until they come up."""
+        self._numbers = itertools.count()
 
     @property
     def waiting(self) -> int:
         """Requests in the queue."""
-        return len(self._waiting)
+        return len(self._line)
 
     @property
-    def active(self) -> int:
+    def active(self) -> Collection[Ticket[T]]:
         """Requests admitted."""
-        return len(self._active)
+        return self._active.keys()
 
-    def submit(self, work: T, tokens: int, deadline: float | None = None) -> Ticket[T]:
+    @property
+    def suspended(self) -> Collection[Ticket[T]]:
+        """Requests that gave everything back, since their readers are slow."""
+        return self._suspended.keys()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no request left, not even one to be swept."""
+        unswept = any(ticket.state is not State.DONE for ticket in self._cancelled)
+        return not (self._line or self._active or self._suspended or unswept)
+
+    def submit(self, ticket: Ticket[T]) -> None:
         """Queue a request.
 
         Raises:
@@ -79,100 +102,164 @@ class Scheduler(Generic[T]):
             DeadlineTooShort: its deadline has passed already.
             QueueFull: too many wait.
         """
-        now = self._clock()
-        if not self._pool.could_fit(tokens):
-            raise InvalidRequest(_too_long(tokens))
-        if deadline is not None and deadline <= now:
+        if not self._pool.could_fit(ticket.tokens):
+            raise InvalidRequest(_too_long(ticket.tokens))
+        if ticket.deadline is not None and ticket.deadline <= self._clock():
             raise DeadlineTooShort("the deadline passed before the request was queued; allow more time")
-        if len(self._waiting) >= self._limits.max_waiting:
-            raise QueueFull(len(self._waiting), self._drain.seconds(len(self._waiting)))
-        ticket = Ticket(work, tokens, deadline, now)
-        self._waiting.append(ticket)
-        return ticket
+        if len(self._line) >= self._limits.max_waiting:
+            raise QueueFull(len(self._line), self._drain.seconds(len(self._line)))
+        if ticket.deadline is not None:
+            heapq.heappush(self._deadlines, (ticket.deadline, next(self._numbers), ticket))
+        self._line.append(ticket)
+
+    def cancel(self, ticket: Ticket[T]) -> None:
+        """Have the next `sweep` take the request out; from a queue it is gone at once."""
+        if ticket.cancelled or ticket.state is State.DONE:
+            return
+        ticket.cancelled = True
+        self._cancelled.append(ticket)
+        if ticket.state is State.WAITING:
+            self._line.remove(ticket)
 
     def sweep(self) -> list[tuple[Ticket[T], DgemmaError]]:
         """Take out what was cancelled or is too late, with the reason; its resources are free again."""
         now = self._clock()
-        swept = [(ticket, error) for ticket in self._tickets() if (error := _over(ticket, now)) is not None]
-        for ticket, _ in swept:
-            self.finish(ticket)
+        cancelled, self._cancelled = self._cancelled, []
+        swept: list[tuple[Ticket[T], DgemmaError]] = []
+        for ticket in cancelled:
+            if ticket.state is not State.DONE:
+                swept.append((ticket, Cancelled("the request was cancelled")))
+                self.finish(ticket)
+        while self._deadlines and (self._deadlines[0][2].state is State.DONE or self._deadlines[0][0] <= now):
+            _, _, ticket = heapq.heappop(self._deadlines)
+            if ticket.state is not State.DONE:
+                message = f"the deadline passed after {now - ticket.submitted:.1f} s; allow more time"
+                swept.append((ticket, DeadlineTooShort(message)))
+                self.finish(ticket)
         return swept
 
-    def admit(self) -> list[Ticket[T]]:
-        """Admit from the head of the queue what fits now, in order: nobody overtakes a long request."""
-        admitted = []
-        while self._waiting and self._free_slots and self._pool.fits(self._waiting[0].tokens):
-            ticket = self._waiting.popleft()
-            ticket.pages, ticket.slot = self._pool.reserve(ticket.tokens), self._free_slots.popleft()
-            self._active.append(ticket)
-            admitted.append(ticket)
-        if admitted:
+    def admit(self) -> Admission[T]:
+        """Admit who is next while there is room, or room can be made."""
+        admission: Admission[T] = Admission([], [])
+        while (ticket := self._next_in_line()) is not None and self._make_room(ticket, admission):
+            self._line.take(ticket)
+            ticket.pages = self._pool.reserve(ticket.tokens, ticket.digests)
+            ticket.slot, ticket.state, ticket.idle_since = self._free_slots.popleft(), State.ACTIVE, None
+            self._active[ticket] = None
+            admission.admitted.append(ticket)
+        if admission.admitted:
             self._drain.busy_from(self._clock())
-        return admitted
+        return admission
 
-    def next(self, ready: Callable[[T], bool]) -> Ticket[T] | None:
-        """The active request whose turn it is, of those that are ready; it then goes to the back."""
-        for ticket in list(self._active):
-            if ready(ticket.work):
-                self._active.remove(ticket)
-                self._active.append(ticket)
-                return ticket
-        return None
+    def next(self, need: Callable[[T], int | None], rows: int = 1) -> list[Ticket[T]]:
+        """The requests that share the next call of at most `rows`; `need` is asked of each, see `Turns.choose`."""
+        now = self._clock()
+
+        def noted(ticket: Ticket[T]) -> int | None:
+            wanted = need(ticket.work)
+            ticket.idle_since = None if wanted is not None else now if ticket.idle_since is None else ticket.idle_since
+            return wanted
+
+        return self._turns.choose(self._active, noted, rows)
+
+    def overdue(self) -> list[Ticket[T]]:
+        """Active requests that could not go on for longer than a parked request keeps its memory."""
+        latest = self._clock() - self._limits.park_seconds
+        return [ticket for ticket in self._active if ticket.idle_since is not None and ticket.idle_since <= latest]
+
+    def suspend(self, ticket: Ticket[T]) -> None:
+        """Take an active request's pages and slot until `resume`."""
+        self._leave(ticket)
+        ticket.state = State.SUSPENDED
+        self._suspended[ticket] = None
+
+    def resume(self, ticket: Ticket[T]) -> None:
+        """Queue a suspended request again, ahead of its client's others."""
+        del self._suspended[ticket]
+        self._requeue(ticket)
+
+    def send_back(self, ticket: Ticket[T]) -> None:
+        """Take an active request's pages and slot and queue it again, ahead of its client's others."""
+        self._leave(ticket)
+        self._requeue(ticket)
 
     def finish(self, ticket: Ticket[T]) -> None:
-        """Take out a request, waiting or active; what it held is free again."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-            return
-        self._active.remove(ticket)
-        ticket.pages.release()
-        self._free_slots.append(ticket.slot)
-        self._drain.finished(self._clock(), idle=not self._active)
+        """Take out a request, wherever it is; what it held is free again."""
+        if ticket.state is State.ACTIVE:
+            self._leave(ticket)
+            self._drain.finished(self._clock(), idle=not self._active)
+        elif ticket.state is State.SUSPENDED:
+            del self._suspended[ticket]
+        elif not ticket.cancelled:
+            self._line.remove(ticket)
+        ticket.state = State.DONE
 
     def drop_all(self) -> list[Ticket[T]]:
         """Take out every request."""
-        dropped = list(self._tickets())
+        cancelled = [ticket for ticket in self._cancelled if ticket.state is State.WAITING]
+        dropped = [*self._active, *self._suspended, *self._line, *cancelled]
         for ticket in dropped:
             self.finish(ticket)
+        self._cancelled = []
         return dropped
 
-    def next_deadline(self) -> float | None:
-        """The earliest deadline of any request."""
-        return min((ticket.deadline for ticket in self._tickets() if ticket.deadline is not None), default=None)
+    def wake_at(self) -> float | None:
+        """When `sweep` or `overdue` has something to say next, if nothing else happens."""
+        while self._deadlines and self._deadlines[0][2].state is State.DONE:
+            heapq.heappop(self._deadlines)
+        idle = [ticket.idle_since for ticket in self._active if ticket.idle_since is not None]
+        overdue = [since + self._limits.park_seconds for since in idle]
+        return min([*overdue, *(deadline for deadline, _, _ in self._deadlines[:1])], default=None)
 
-    def _tickets(self) -> list[Ticket[T]]:
-        return [*self._active, *self._waiting]
+    def _next_in_line(self) -> Ticket[T] | None:
+        batch = self._line.head(Priority.BATCH)
+        if batch is not None and self._has_claim(batch):
+            return batch
+        return self._line.head(Priority.INTERACTIVE) or batch
 
+    def _make_room(self, ticket: Ticket[T], admission: Admission[T]) -> bool:
+        """Whether the ticket fits now; who gives way to it is sent back, the newest first, until it does."""
+        while not (self._free_slots and self._pool.fits(ticket.tokens, ticket.digests)):
+            yielding = self._yielding() if self._has_claim(ticket) else []
+            if not yielding:
+                return False
+            newest = yielding[-1]
+            self.send_back(newest)
+            if newest in admission.admitted:
+                admission.admitted.remove(newest)
+            else:
+                admission.sent_back.append(newest)
+        return True
 
-class _DrainRate:
-    """Smoothed seconds between two requests leaving a busy engine."""
+    def _yielding(self) -> list[Ticket[T]]:
+        """Active BATCH requests, less the longest-waiting ones that have a place of their own; by admission."""
+        batch = [ticket for ticket in self._active if ticket.priority == Priority.BATCH]
+        aged = sorted(filter(self._aged, batch), key=lambda ticket: ticket.submitted)[: self._aged_places]
+        return [ticket for ticket in batch if ticket not in aged]
 
-    def __init__(self) -> None:
-        self._interval: float | None = None
-        self._since: float | None = None
+    def _has_claim(self, ticket: Ticket[T]) -> bool:
+        """Whether BATCH requests without a place of their own give way to this one."""
+        if ticket.priority == Priority.INTERACTIVE:
+            return True
+        return self._aged(ticket) and sum(map(self._aged, self._active)) < self._aged_places
 
-    def busy_from(self, now: float) -> None:
-        if self._since is None:
-            self._since = now
+    @property
+    def _aged_places(self) -> int:
+        return max(1, self._places // AGED_SHARE)
 
-    def finished(self, now: float, idle: bool) -> None:
-        if self._since is not None:
-            interval = now - self._since
-            previous = interval if self._interval is None else self._interval
-            self._interval = previous + SMOOTHING * (interval - previous)
-        self._since = None if idle else now
+    def _aged(self, ticket: Ticket[T]) -> bool:
+        return ticket.priority == Priority.BATCH and self._clock() - ticket.submitted >= self._limits.ageing
 
-    def seconds(self, requests: int) -> float:
-        interval = FIRST_GUESS if self._interval is None else self._interval
-        return min(LONGEST_RETRY, requests * interval)
+    def _leave(self, ticket: Ticket[T]) -> None:
+        """Give back what an active request holds."""
+        del self._active[ticket]
+        ticket.pages.release()
+        self._free_slots.append(ticket.slot)
 
-
-def _over(ticket: Ticket[T], now: float) -> DgemmaError | None:
-    if ticket.cancelled:
-        return Cancelled("the request was cancelled")
-    if ticket.deadline is not None and ticket.deadline <= now:
-        return DeadlineTooShort(f"the deadline passed after {now - ticket.submitted:.1f} s; allow more time")
-    return None
+    def _requeue(self, ticket: Ticket[T]) -> None:
+        ticket.state = State.WAITING
+        if not ticket.cancelled:  # else it is swept from where it is: in no queue
+            self._line.put_back(ticket)
 
 
 def _too_long(tokens: int) -> Violation:

@@ -76,7 +76,7 @@ class Gate:
 class _Canvas:
     """What a slot remembers of the canvas that is being denoised in it."""
 
-    first_page: int
+    full_pages: tuple[int, ...]
     start: int
     step: int
 
@@ -119,7 +119,6 @@ class FakeEngine:
         self._steps, self._end_token_id = steps, end_token_id
         self._before: dict[tuple[Call, int], list[Callable[[], None]]] = defaultdict(list)
         self._sliding, self._full = _TokenPool(pool.sliding_pages, pool), _TokenPool(pool.full_pages, pool)
-        self._prompt_lengths: dict[int, int] = {}
         self._canvases: dict[int, _Canvas] = {}
 
     def hold(self, kind: Call, call: int) -> Gate:
@@ -147,8 +146,6 @@ class FakeEngine:
             self._prefix_tokens(row.prefix, row.start)
             self._full.write(row.prefix.full_pages, 0, row.start, row.token_ids)
             self._sliding.write(row.prefix.sliding_pages, row.prefix.sliding_base, row.start, row.token_ids)
-            if row.start == 0:
-                self._prompt_lengths.pop(row.prefix.full_pages[0], None)
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
         """One step towards the scripted answer for each canvas."""
@@ -170,8 +167,7 @@ class FakeEngine:
     def _readout(self, row: DenoiseRow) -> Readout:
         prefix = self._prefix_tokens(row.prefix, row.start)
         step = self._step_of(row)
-        # The first canvas after a prompt's encoding starts where the prompt ends.
-        prompt_length = self._prompt_lengths.setdefault(row.prefix.full_pages[0], row.start)
+        prompt_length = row.start - row.block_index * self.facts.canvas_length
         block = self._block(tuple(prefix[:prompt_length].tolist()), row.start - prompt_length)
         noise = np.floor(row.uniform * self.facts.vocab_size).astype(np.int64)
         shown = np.arange(len(block)) * self._steps < step * len(block)
@@ -183,11 +179,10 @@ class FakeEngine:
             raise EngineMisuse(f"slot {row.slot} of {self.pool.canvas_slots}")
         if len(row.canvas) != self.facts.canvas_length or len(row.uniform) != self.facts.canvas_length:
             raise EngineMisuse(f"canvas of {len(row.canvas)} with {len(row.uniform)} uniform numbers")
-        first_page = row.prefix.full_pages[0]
         if row.first_step:
-            self._canvases[row.slot] = _Canvas(first_page, row.start, 0)
+            self._canvases[row.slot] = _Canvas(row.prefix.full_pages, row.start, 0)
         canvas = self._canvases.get(row.slot)
-        if canvas is None or (canvas.first_page, canvas.start) != (first_page, row.start):
+        if canvas is None or (canvas.full_pages, canvas.start) != (row.prefix.full_pages, row.start):
             raise EngineMisuse(f"slot {row.slot} holds {canvas}, not the canvas at {row.start}")
         canvas.step += 1
         return canvas.step

@@ -15,9 +15,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from runtime.bundle import STEP_GRAPH, Bundle, LayerFacts, ModelFacts
-from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
+from runtime.engines.protocol import ENCODE_CHUNK, DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
 from runtime.errors import BundleError
-from runtime.generation import ENCODE_CHUNK
 
 Array = NDArray[Any]
 
@@ -44,11 +43,16 @@ class Options:
     """Write ONNX Runtime's profile to files that start so."""
 
     def geometry(self, facts: ModelFacts) -> PoolGeometry:
-        """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""
+        """The pool of a model's engine: full pages for `positions`; sliding ones for twice every slot's window.
+
+        The second half is there for the windows of prefixes that later requests share. A call has one row: rows are run
+        one after the other anyway, and so are told of one by one.
+        """
         positions = self.positions or max(facts.max_position, 4096 * self.canvas_slots)
         window = facts.sliding_window - 1 + max(facts.canvas_length, ENCODE_CHUNK)
-        sliding_pages = self.canvas_slots * ((window - 2) // self.page_size + 2)
-        return PoolGeometry(self.page_size, sliding_pages, -(-positions // self.page_size), self.canvas_slots)
+        sliding_pages = 2 * self.canvas_slots * ((window - 2) // self.page_size + 2)
+        full_pages = -(-positions // self.page_size)
+        return PoolGeometry(self.page_size, sliding_pages, full_pages, self.canvas_slots, rows_per_call=1)
 
 
 class OnnxRuntimeEngine:
@@ -220,6 +224,11 @@ def _session(bundle: Bundle, options: Options) -> ort.InferenceSession:
         settings.add_free_dimension_override_by_name(name, size * pool.page_size)
     settings.add_free_dimension_override_by_name("page_size", 1)
     path = bundle.path(STEP_GRAPH)
+    if STEP_GRAPH not in bundle.manifest.files:
+        raise BundleError(
+            f"{path}: is missing, for ONNX Runtime does not compute {bundle.manifest.precision}; "
+            "choose the torch engine, or export the checkpoint again in float32"
+        )
     absent = set(options.providers) - set(ort.get_available_providers())
     if absent:
         available = ", ".join(ort.get_available_providers())

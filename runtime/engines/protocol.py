@@ -11,10 +11,17 @@ from numpy.typing import NDArray
 
 from runtime.bundle import ModelFacts
 
+ENCODE_CHUNK = 256
+"""Tokens: a canvas' worth, so that a chunk of a long prompt delays open canvases by about one step."""
+
+
+class EngineOutOfMemory(Exception):
+    """A call did not fit; the canvas slots are as they were before it, so it can be repeated in smaller parts."""
+
 
 @dataclass(frozen=True)
 class PoolGeometry:
-    """Sizes of the engine's memory; pages of sliding and of full layers are counted apart."""
+    """Sizes of the engine's memory and of its calls; pages of sliding and of full layers are counted apart."""
 
     page_size: int
     """Tokens a page."""
@@ -22,6 +29,16 @@ class PoolGeometry:
     full_pages: int
     canvas_slots: int
     """Canvases whose self-conditioning state the engine can hold at a time."""
+    rows_per_call: int = 8
+    """Most rows of one call."""
+    encode_chunk: int = ENCODE_CHUNK
+    """Most tokens of an encode row; prompts are cut at its multiples."""
+    prefix_step: int | None = None
+    """Prefixes are shared at multiples of this many tokens, itself one of the page size.
+
+    None: the least that both chunk and page divide. A shared prefix' K/V are then, bit for bit, those that a request
+    would have computed itself. An engine whose results depend on a call's other rows anyway may take the page size.
+    """
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,8 @@ class DenoiseRow:
     """`[canvas_length]` in `[0, 1)`, for the candidates."""
     guard_first: bool = False
     """Position 0 must not hold an end token."""
+    block_index: int = 0
+    """Which canvas of its answer this is, from 0."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,11 @@ class Readout:
 
 
 class Engine(Protocol):
-    """Runs the step graph; not thread-safe: one thread calls it."""
+    """Runs the step graph; not thread-safe: one thread calls it.
+
+    The rows of a call belong to different requests: they read nothing that another one writes, and each has its own
+    slot. A call that does not fit raises `EngineOutOfMemory`; any other exception ends the requests of its rows.
+    """
 
     facts: ModelFacts
     pool: PoolGeometry

@@ -32,7 +32,8 @@ from runtime.errors import (
 from runtime.events import Committed, Draft, Finished, Started
 from runtime.generation import Generation
 from runtime.request import GenerationRequest, SamplingParameters
-from runtime.runner import Limits, Outcome, Runner
+from runtime.runner import Outcome, Runner
+from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
 
 DEFAULTS = GenerationDefaults(
@@ -195,13 +196,13 @@ def test_an_engine_exception_ends_its_request_alone(caplog: pytest.LogCaptureFix
     """Catches a fault that spreads, that leaks, or whose log line the caller cannot name."""
     engine, first, second = FakeEngine(), Reader(), Reader()
     gate = engine.hold("encode", 1)
-    engine.fail("denoise", 3, RuntimeError("out of bananas"))
-    with running(engine) as runner, caplog.at_level(logging.ERROR, "runtime.runner"):
+    engine.fail("denoise", 4, RuntimeError("out of bananas"))
+    with running(engine, Limits(max_rows=1)) as runner, caplog.at_level(logging.ERROR, "runtime.runner"):
         runner.submit(request(2, 7), first)
         gate.wait_reached()
         runner.submit(request(2, 8), second)
         gate.release()
-        # In turn: encode 1 and denoise 1 of the first, encode 2 of the second, denoise 2 and denoise 3.
+        # In turn: encode 1 of the first, encode 2 of the second, then a denoising step of each.
         assert first.answer() == [7]
         fault = second.rest()[-1]
         assert isinstance(fault, EngineFault)

@@ -13,31 +13,38 @@ from runtime.engines.fake import FACTS
 from runtime.engines.protocol import PoolGeometry
 from runtime.errors import Cancelled, DeadlineTooShort, InvalidRequest, QueueFull
 from runtime.pool import PagePool
-from runtime.scheduler import Limits, Scheduler, Ticket
+from runtime.scheduler import Limits, Scheduler
+from runtime.ticket import Priority, Ticket
 
 PAGE = 16
 PAGES = 12
-SLIDING = (FACTS.sliding_window - 1 + FACTS.canvas_length - 2) // PAGE + 2
+SLIDING = (FACTS.sliding_window - 1 + 256 - 2) // PAGE + 2
+CLIENTS = ("ann", "bob", "cid")
 
 
 def pool(pages: int = PAGES) -> PagePool:
     """A pool that its full pages bound: sliding ones are plenty."""
-    return PagePool(PoolGeometry(PAGE, 100 * SLIDING, pages, 100), FACTS, FACTS.canvas_length)
+    return PagePool(PoolGeometry(PAGE, 100 * SLIDING, pages, 100), FACTS)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any order of what a runner does."""
+    """Any order of what a runner does; every ticket is known to the test by where it should be."""
 
-    @initialize(max_active=st.integers(1, 4), max_waiting=st.integers(1, 4), slots=st.integers(1, 5))
+    @initialize(max_active=st.integers(1, 8), max_waiting=st.integers(1, 6), slots=st.integers(1, 8))
     def make(self, max_active: int, max_waiting: int, slots: int) -> None:
         self.now, self.names = 0.0, itertools.count()
-        self.max_active, self.max_waiting = min(max_active, slots), max_waiting
+        self.places, self.max_waiting = min(max_active, slots), max_waiting
         self.pool = pool()
-        self.scheduler: Scheduler[int] = Scheduler(self.pool, slots, Limits(max_active, max_waiting), lambda: self.now)
+        limits = Limits(max_active, max_waiting, ageing=20.0, park_seconds=5.0)
+        self.scheduler: Scheduler[int] = Scheduler(self.pool, slots, limits, lambda: self.now)
         self.waiting: list[Ticket[int]] = []
         self.active: list[Ticket[int]] = []
-        self.skipped: dict[int, set[int]] = {}
-        """Per active request: who had a turn since its own last one."""
+        self.suspended: list[Ticket[int]] = []
+        self.unswept: list[Ticket[int]] = []
+        """Cancelled while they waited."""
+
+    def tickets(self) -> list[Ticket[int]]:
+        return [*self.waiting, *self.active, *self.suspended, *self.unswept]
 
     def pages(self, tickets: list[Ticket[int]]) -> int:
         return sum(-(-ticket.tokens // PAGE) for ticket in tickets)
@@ -45,9 +52,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         tokens=st.integers(1, 2 * PAGE) | st.integers(1, PAGE * (PAGES + 2)),
         seconds=st.none() | st.integers(0, 5),
+        client=st.sampled_from(CLIENTS),
+        priority=st.sampled_from(Priority),
         at_once=st.booleans(),
     )
-    def submit(self, tokens: int, seconds: int | None, at_once: bool) -> None:
+    def submit(self, tokens: int, seconds: int | None, client: str, priority: Priority, at_once: bool) -> None:
         deadline = None if seconds is None else self.now + seconds
         refusal = (
             InvalidRequest
@@ -55,64 +64,90 @@ class SchedulerMachine(RuleBasedStateMachine):
             else DeadlineTooShort
             if seconds == 0
             else QueueFull
-            if len(self.waiting) == self.max_waiting
+            if len(self.waiting) >= self.max_waiting
             else None
         )
-        name = next(self.names)
+        ticket = Ticket(next(self.names), tokens, self.now, deadline, client=client, priority=priority)
         if refusal is None:
-            self.waiting.append(self.scheduler.submit(name, tokens, deadline))
+            self.scheduler.submit(ticket)
+            self.waiting.append(ticket)
         else:
             with pytest.raises(refusal):
-                self.scheduler.submit(name, tokens, deadline)
+                self.scheduler.submit(ticket)
         if at_once:
             self.admit()
 
     @rule()
     def admit(self) -> None:
-        admitted = self.scheduler.admit()
-        assert admitted == self.waiting[: len(admitted)], "first come, first admitted"
-        del self.waiting[: len(admitted)]
-        self.active += admitted
-        for ticket in admitted:
-            self.skipped[ticket.work] = set()
+        admission = self.scheduler.admit()
+        for ticket in admission.sent_back:
+            assert ticket.priority == Priority.BATCH, "who is watched gave way"
+            self.active.remove(ticket)
+            (self.unswept if ticket.cancelled else self.waiting).append(ticket)
+        for ticket in admission.admitted:
+            self.waiting.remove(ticket)
+            self.active.append(ticket)
         assert self.pages(self.active) <= PAGES
-        if self.waiting:
-            fits = self.pages([*self.active, self.waiting[0]]) <= PAGES
-            assert not (fits and len(self.active) < self.max_active), "the head of the queue waits without need"
+        assert len(self.active) <= self.places
+        aged = [ticket for ticket in self.active if self.aged(ticket)]
+        batch_only = all(ticket.priority == Priority.BATCH for ticket in self.waiting)
+        fitting = [ticket for ticket in self.waiting if self.pages([*self.active, ticket]) <= PAGES]
+        if self.waiting and len(self.active) < self.places:
+            assert len(fitting) < len(self.waiting), "all that wait would fit, and there is a place"
+        if not batch_only and not any(map(self.aged, self.waiting)):
+            # Nobody who waits has a place kept: those that are watched leave none to the others but by their size.
+            yielding = [ticket for ticket in self.active if ticket.priority == Priority.BATCH and ticket not in aged]
+            assert not yielding, "batch work keeps its place while somebody watches the queue"
+
+    def aged(self, ticket: Ticket[int]) -> bool:
+        return ticket.priority == Priority.BATCH and self.now - ticket.submitted >= 20.0
 
     @precondition(lambda self: self.active)
-    @rule(data=st.data(), turns=st.integers(1, 6))
-    def next(self, data: st.DataObject, turns: int) -> None:
+    @rule(data=st.data(), turns=st.integers(1, 6), rows=st.integers(1, 4))
+    def next(self, data: st.DataObject, turns: int, rows: int) -> None:
         for _ in range(turns):
-            self.turn(data)
+            needs = {ticket.work: data.draw(st.sampled_from([None, 0, 0, 100, 256])) for ticket in self.active}
+            chosen = self.scheduler.next(needs.__getitem__, rows)
+            assert len(chosen) <= rows
+            assert len(set(chosen)) == len(chosen)
+            assert set(chosen) <= set(self.active)
+            assert bool(chosen) == any(need is not None for need in needs.values())
+            tokens = [needs[ticket.work] for ticket in chosen]
+            assert all(tokens) or not any(tokens), "a call is of one kind"
+            assert len(chosen) <= 1 or sum(token or 0 for token in tokens) <= 256
 
-    def turn(self, data: st.DataObject) -> None:
-        ready = {ticket.work for ticket in self.active if data.draw(st.booleans())}
-        chosen = self.scheduler.next(ready.__contains__)
-        if chosen is None:
-            assert not ready
-            return
-        assert chosen in self.active
-        assert chosen.work in ready
-        for work in ready - {chosen.work}:
-            assert chosen.work not in self.skipped[work], f"{chosen.work} has two turns while {work} was ready"
-        for ticket in self.active:
-            self.skipped[ticket.work].add(chosen.work)
-        self.skipped[chosen.work] = set()
-
-    @precondition(lambda self: self.active or self.waiting)
+    @precondition(lambda self: self.tickets())
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        data.draw(st.sampled_from([*self.active, *self.waiting])).cancelled = True
+        ticket = data.draw(st.sampled_from(self.tickets()))
+        self.scheduler.cancel(ticket)
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
+            self.unswept.append(ticket)
 
     @precondition(lambda self: self.active)
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), what=st.sampled_from(["finish", "suspend", "send back"]))
+    def leave(self, data: st.DataObject, what: str) -> None:
         ticket = data.draw(st.sampled_from(self.active))
-        self.scheduler.finish(ticket)
         self.active.remove(ticket)
+        if what == "finish":
+            self.scheduler.finish(ticket)
+        elif what == "suspend":
+            self.scheduler.suspend(ticket)
+            self.suspended.append(ticket)
+        else:
+            self.scheduler.send_back(ticket)
+            (self.unswept if ticket.cancelled else self.waiting).append(ticket)
 
-    @rule(seconds=st.integers(1, 3))
+    @precondition(lambda self: self.suspended)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.suspended))
+        self.scheduler.resume(ticket)
+        self.suspended.remove(ticket)
+        (self.unswept if ticket.cancelled else self.waiting).append(ticket)
+
+    @rule(seconds=st.integers(1, 12))
     def pass_time(self, seconds: int) -> None:
         self.now += seconds
 
@@ -120,64 +155,226 @@ class SchedulerMachine(RuleBasedStateMachine):
     def sweep(self) -> None:
         expected = {
             ticket.work: Cancelled if ticket.cancelled else DeadlineTooShort
-            for ticket in (*self.active, *self.waiting)
+            for ticket in self.tickets()
             if ticket.cancelled or (ticket.deadline is not None and ticket.deadline <= self.now)
         }
-        assert {ticket.work: type(error) for ticket, error in self.scheduler.sweep()} == expected
-        self.active = [ticket for ticket in self.active if ticket.work not in expected]
-        self.waiting = [ticket for ticket in self.waiting if ticket.work not in expected]
+        swept = self.scheduler.sweep()
+        assert {ticket.work: type(error) for ticket, error in swept} == expected
+        assert len(swept) == len(expected), "somebody was told twice"
+        for tickets in (self.waiting, self.active, self.suspended, self.unswept):
+            tickets[:] = [ticket for ticket in tickets if ticket.work not in expected]
+        deadlines = [ticket.deadline for ticket in self.tickets() if ticket.deadline is not None]
+        idle = [ticket.idle_since + 5.0 for ticket in self.active if ticket.idle_since is not None]
+        assert self.scheduler.wake_at() == min([*deadlines, *idle], default=None)
 
     @invariant()
     def counts_agree(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        assert (self.scheduler.waiting, self.scheduler.active) == (len(self.waiting), len(self.active))
+        assert self.scheduler.waiting == len(self.waiting)
+        assert set(self.scheduler.active) == set(self.active)
+        assert set(self.scheduler.suspended) == set(self.suspended)
+        assert self.scheduler.empty == (not self.tickets())
         slots = [ticket.slot for ticket in self.active]
         assert len(set(slots)) == len(slots)
-        assert all(0 <= slot < self.max_active for slot in slots)
-        deadlines = [ticket.deadline for ticket in (*self.active, *self.waiting) if ticket.deadline is not None]
-        assert self.scheduler.next_deadline() == min(deadlines, default=None)
+        assert all(0 <= slot < self.places for slot in slots)
+        assert self.pool.idle == (not self.active)
 
     def teardown(self) -> None:
         if hasattr(self, "scheduler"):
-            assert {ticket.work for ticket in self.scheduler.drop_all()} == {
-                ticket.work for ticket in (*self.active, *self.waiting)
-            }
+            dropped = self.scheduler.drop_all()
+            assert len(dropped) == len(set(dropped))
+            assert set(dropped) == set(self.tickets())
             assert self.pool.idle
-            assert self.scheduler.admit() == []
+            assert self.scheduler.empty
+            assert self.scheduler.admit().admitted == []
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
 
 
+class Desk:
+    """A scheduler with one kind of request, and a clock that stands still unless it is set."""
+
+    def __init__(self, limits: Limits, pages: int = PAGES) -> None:
+        self.now = 0.0
+        self.scheduler: Scheduler[str] = Scheduler(pool(pages), 100, limits, lambda: self.now)
+
+    def submit(
+        self, name: str, tokens: int = PAGE, client: str = "", priority: Priority = Priority.INTERACTIVE
+    ) -> Ticket[str]:
+        ticket = Ticket(name, tokens, self.now, client=client, priority=priority)
+        self.scheduler.submit(ticket)
+        return ticket
+
+    def admit(self) -> list[str]:
+        return [ticket.work for ticket in self.scheduler.admit().admitted]
+
+
 def test_retry_after_is_the_queue_at_the_measured_rate() -> None:
     """Catches a guess in place of the measured rate, and an idle gap counted as work."""
-    now = 0.0
-    scheduler: Scheduler[str] = Scheduler(pool(), 1, Limits(max_active=1, max_waiting=2), lambda: now)
+    desk = Desk(Limits(max_active=1, max_waiting=2))
     for name in ("first", "second", "third"):
-        now += 100.0  # Idle between two requests: must not slow the measured rate.
-        scheduler.submit(name, PAGE)
-        [ticket] = scheduler.admit()
-        now += 4.0
-        scheduler.finish(ticket)
-    scheduler.submit("running", PAGE)
-    scheduler.admit()
-    scheduler.submit("waiting", PAGE)
-    scheduler.submit("waiting too", PAGE)
+        desk.now += 100.0  # Idle between two requests: must not slow the measured rate.
+        ticket = desk.submit(name)
+        desk.admit()
+        desk.now += 4.0
+        desk.scheduler.finish(ticket)
+    desk.submit("running")
+    desk.admit()
+    desk.submit("waiting")
+    desk.submit("waiting too")
     with pytest.raises(QueueFull) as caught:
-        scheduler.submit("refused", PAGE)
+        desk.submit("refused")
     assert caught.value.waiting == 2
     assert caught.value.retry_after == pytest.approx(2 * 4.0)
 
 
+def test_a_cancelled_request_leaves_the_queue_at_once() -> None:
+    """Not only at the next sweep, which comes when the engine's call returns."""
+    desk = Desk(Limits(max_active=1, max_waiting=1))
+    desk.submit("running")
+    desk.admit()
+    queued = desk.submit("queued")
+    desk.scheduler.cancel(queued)
+    assert desk.scheduler.waiting == 0
+    desk.submit("takes its place")
+    assert [ticket for ticket, _ in desk.scheduler.sweep()] == [queued]
+
+
 def test_a_long_request_is_not_overtaken_for_ever() -> None:
     """Catches admission that lets short requests slip past a long one at the queue's head."""
-    scheduler: Scheduler[str] = Scheduler(pool(), 8, Limits(max_active=8, max_waiting=8), lambda: 0.0)
-    short = scheduler.submit("short", PAGE)
-    assert scheduler.admit() == [short]
-    long = scheduler.submit("long", PAGE * PAGES)
-    scheduler.submit("late", PAGE)
-    assert scheduler.admit() == []
-    scheduler.finish(short)
-    assert scheduler.admit() == [long]
+    desk = Desk(Limits(max_active=8, max_waiting=8))
+    short = desk.submit("short")
+    assert desk.admit() == ["short"]
+    desk.submit("long", PAGE * PAGES)
+    desk.submit("late")
+    assert desk.admit() == []
+    desk.scheduler.finish(short)
+    assert desk.admit() == ["long"]
+
+
+def test_clients_are_admitted_in_turn() -> None:
+    """Catches a queue in which whoever sends a hundred requests first is served a hundred times first."""
+    desk = Desk(Limits(max_active=1, max_waiting=100))
+    for number in range(5):
+        desk.submit(f"flood {number}", client="flood")
+    desk.submit("ann", client="ann")
+    desk.submit("bob", client="bob")
+    desk.submit("ann again", client="ann")
+    order = []
+    while admitted := desk.admit():
+        order += admitted
+        [ticket] = desk.scheduler.active
+        desk.scheduler.finish(ticket)
+    assert order == ["flood 0", "ann", "bob", "flood 1", "ann again", "flood 2", "flood 3", "flood 4"]
+
+
+def served(desk: Desk, needs: dict[str, int], calls: int, rows: int = 1) -> list[list[str]]:
+    return [[ticket.work for ticket in desk.scheduler.next(needs.get, rows)] for _ in range(calls)]
+
+
+def test_clients_are_served_in_turn() -> None:
+    """A row a call: a client with three requests gets as many calls as one with one request."""
+    desk = Desk(Limits())
+    for name in ("a1", "a2", "a3", "b1"):
+        desk.submit(name, client=name[0])
+    desk.admit()
+    calls = served(desk, dict.fromkeys(("a1", "a2", "a3", "b1"), 0), 12)
+    names = [name for [name] in calls]
+    assert names.count("b1") == 6
+    assert {names.count(name) for name in ("a1", "a2", "a3")} == {2}
+
+
+def test_rows_of_all_share_a_call() -> None:
+    desk = Desk(Limits())
+    for name in "abc":
+        desk.submit(name, priority=Priority.BATCH if name == "b" else Priority.INTERACTIVE)
+    desk.admit()
+    assert [set(call) for call in served(desk, dict.fromkeys("abc", 0), 3, rows=8)] == [{"a", "b", "c"}] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_a_long_prompt_delays_open_canvases_by_one_chunk_a_step(rows: int, prompts: int) -> None:
+    """Between two steps of a canvas lie at most one encode call, of at most a chunk, and the others' steps."""
+    desk = Desk(Limits())
+    canvases, longs = [f"canvas {i}" for i in range(4)], [f"prompt {i}" for i in range(prompts)]
+    for name in (*canvases, *longs):
+        desk.submit(name)
+    desk.admit()
+    calls = served(desk, dict.fromkeys(canvases, 0) | dict.fromkeys(longs, 256), 60, rows)
+    for canvas in canvases:
+        steps = [index for index, call in enumerate(calls) if canvas in call]
+        assert len(steps) >= 60 // (-(-4 // rows) + 1) - 1
+        for before, after in itertools.pairwise(steps):
+            between = calls[before + 1 : after]
+            assert sum(call[0] in longs for call in between) <= 1
+            assert all(len(call) == 1 for call in between if call[0] in longs)
+    assert {name for call in calls for name in call} >= set(longs), "a prompt starves"
+
+
+def test_short_prompts_share_a_call() -> None:
+    desk = Desk(Limits())
+    for name in "abcd":
+        desk.submit(name)
+    desk.admit()
+    assert served(desk, {"a": 100, "b": 100, "c": 100, "d": 56}, 2, rows=8) == [["a", "b", "d"], ["c", "a", "d"]]
+
+
+def test_who_is_watched_has_three_calls_of_four() -> None:
+    """A row a call, seven batch requests beside one that is watched: it waits for a third more, not eightfold."""
+    desk = Desk(Limits())
+    batch = [f"batch {i}" for i in range(7)]
+    for name in batch:
+        desk.submit(name, priority=Priority.BATCH)
+    desk.submit("watched")
+    desk.admit()
+    names = [name for [name] in served(desk, dict.fromkeys([*batch, "watched"], 0), 56)]
+    assert names.count("watched") == 42
+    assert {names.count(name) for name in batch} == {2}
+
+
+def test_batch_prompts_are_encoded_while_others_denoise() -> None:
+    """Catches batch canvases riding along in every call and thereby using up the batch prompts' share."""
+    desk = Desk(Limits())
+    for name, priority in (("watched", Priority.INTERACTIVE), ("open", Priority.BATCH), ("new", Priority.BATCH)):
+        desk.submit(name, priority=priority)
+    desk.admit()
+    calls = served(desk, {"watched": 0, "open": 0, "new": 256}, 16, rows=8)
+    assert 2 <= sum("new" in call for call in calls) <= 4
+
+
+def test_batch_requests_give_way_and_come_back() -> None:
+    """The newest first, as many as are needed; whoever gave way is next of its kind."""
+    desk = Desk(Limits(max_active=3))
+    for name in ("first", "second", "third", "fourth"):
+        desk.submit(name, priority=Priority.BATCH)
+    assert desk.admit() == ["first", "second", "third"]
+    watched = desk.submit("watched", PAGE * (PAGES - 1))
+    admission = desk.scheduler.admit()
+    assert [ticket.work for ticket in admission.sent_back] == ["third", "second"]
+    assert [ticket.work for ticket in admission.admitted] == ["watched"]
+    desk.scheduler.finish(watched)
+    assert desk.admit() == ["second", "third"]
+
+
+def test_batch_requests_do_not_starve() -> None:
+    """Watched requests without end: those that have waited long have a quarter of the places to themselves."""
+    desk = Desk(Limits(max_active=4, ageing=30.0))
+    for number in range(3):
+        desk.submit(f"batch {number}", priority=Priority.BATCH)
+    for number in range(10):
+        desk.submit(f"watched {number}")
+    assert desk.admit() == [f"watched {number}" for number in range(4)]
+    desk.now = 30.0
+    assert desk.admit() == []
+    desk.scheduler.finish(next(iter(desk.scheduler.active)))
+    assert desk.admit() == ["batch 0"]
+    desk.scheduler.finish(next(iter(desk.scheduler.active)))
+    assert desk.admit() == ["watched 4"], "the place of the aged is taken"
+    batch = next(ticket for ticket in desk.scheduler.active if ticket.work == "batch 0")
+    desk.submit("huge", PAGE * PAGES)
+    desk.scheduler.admit()
+    assert batch in desk.scheduler.active, "an aged request was sent back"

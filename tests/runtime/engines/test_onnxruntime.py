@@ -12,7 +12,6 @@ import pytest
 from runtime.bundle import MANIFEST, STEP_GRAPH, Bundle, FileRecord, Manifest, sha256
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.errors import BundleError
-from runtime.generation import ENCODE_CHUNK
 from runtime.pool import PagePool
 
 
@@ -57,7 +56,7 @@ def test_a_graph_that_is_none_is_refused(tiny_bundle: Bundle, copied: Path) -> N
 def test_the_default_pool_holds_a_sequence_as_long_as_the_model_allows(tiny_bundle: Bundle, slots: int) -> None:
     """And every slot a sequence of 4096 positions: nobody is refused for memory that could have been asked for."""
     facts = tiny_bundle.manifest.model
-    pool = PagePool(Options(canvas_slots=slots).geometry(facts), facts, ENCODE_CHUNK)
+    pool = PagePool(Options(canvas_slots=slots).geometry(facts), facts)
     assert pool.fits(facts.max_position)
     for _ in range(slots):
         pool.reserve(4096)
