@@ -61,9 +61,9 @@ def expert_ffn_fp8(
         x: token states, `[T, H]`.
         expert_ids: `[T, K]` int64.
         expert_weights: `[T, K]`.
-        gate_up: `[E, 2I, H]` float8_e4m3fn.
+        gate_up: `[E, 2I, H]` float8_e4m3fn; H even.
         gate_up_scale: `[E, 2I]` float32; a weight is its code times its row's scale.
-        down: `[E, H, I]` float8_e4m3fn.
+        down: `[E, H, I]` float8_e4m3fn; I even.
         down_scale: `[E, H]` float32.
         dynamic_activations: round `x` and the hidden states to float8_e4m3fn too, with a scale for each row that is
             its largest magnitude / 448; otherwise the weights are widened to the dtype of `x`.
@@ -187,7 +187,8 @@ def sum_of_parts(parts: Tensor, top_k: int) -> Tensor:
 
 
 def _stored(matrices: Tensor, weights: ExpertWeights) -> Tensor:
-    return matrices.view(torch.uint8) if weights.encoding == E4M3_BITS.value else matrices
+    """Codes in words of 16 bits, where they are to be widened."""
+    return matrices.view(torch.uint16) if weights.encoding in (E4M3_BITS.value, INT4.value) else matrices
 
 
 def _quantized(states: Tensor, plan: DispatchPlan | None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial
 
@@ -16,7 +16,7 @@ class ExpertBody(Enum):
     """Ways to write the feed-forward in standard operators; `python -m benchmarks.expert_bodies` measures them."""
 
     UNROLLED = "unrolled"
-    """Pairs of token and expert sorted by expert, one product an expert: least work, nodes grow with the experts."""
+    """One product an expert, of the tokens that chose it: least work, nodes grow with the experts."""
     LOOP = "loop"
     """The same in a Loop that gathers one expert's weights at a time: few nodes, weights copied at every step."""
     DENSE = "dense"
@@ -49,13 +49,13 @@ def expert_ffn(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: T
     return mixed
 
 
-def function(experts: int, top_k: int, kind: ExpertBody, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Function:
-    """The local function for `experts` experts of which each token has `top_k`, states and weights in `dtype`."""
+def function(experts: int, kind: ExpertBody, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Function:
+    """The local function for `experts` experts, states and weights in `dtype`."""
     body = FunctionBody("expert_ffn", ["x", "expert_ids", "expert_weights", "gate_up", "down"])
     if kind is ExpertBody.DENSE:
         return body.finish(_dense(body, experts))
-    per_expert = partial(_loop, dtype=dtype) if kind is ExpertBody.LOOP else _unrolled
-    return body.finish(_sorted(body, experts, top_k, per_expert))
+    grouped = partial(_looped, dtype=dtype) if kind is ExpertBody.LOOP else _unrolled
+    return body.finish(_sparse(body, experts, grouped))
 
 
 def _dense(body: FunctionBody, experts: int) -> Value:
@@ -78,43 +78,61 @@ def _gated(body: FunctionBody, products: Value, axis: int) -> Value:
     return body.Mul(body.Gelu(gate, approximate="tanh"), up)
 
 
-def _sorted(body: FunctionBody, experts: int, top_k: int, per_expert: _PerExpert) -> Value:
-    """Sort the pairs of token and expert by expert, multiply each run with its expert's matrices, sort back, add up."""
-    x, expert_ids, expert_weights, gate_up, down = body.inputs
-    pairs = body.Reshape(expert_ids, body.integers(-1))
-    count = body.Shape(pairs)
-    _, order = body.several("TopK", 2, pairs, count, largest=0, sorted=1)
-    counts = _counts(body, pairs, experts)
-    states = body.Gather(x, body.Div(order, body.integer(top_k)))
-    weights = body.Gather(body.Reshape(expert_weights, body.integers(-1, 1)), order)
-    hidden = body.Mul(_gated(body, per_expert(body, states, counts, gate_up, experts), axis=1), weights)
-    outputs = per_expert(body, hidden, counts, down, experts)
-    ranks = body.Range(body.integer(0), body.Squeeze(count), body.integer(1))
-    inverse = body.Reshape(body.ScatterElements(order, order, ranks), body.integers(-1, top_k))
-    return body.ReduceSum(body.Gather(outputs, inverse), body.integers(1), keepdims=0)
+def _sparse(body: FunctionBody, experts: int, grouped: _Grouped) -> Value:
+    """Multiply each expert's tokens with its matrices, lay the results end to end, and add up those of each token."""
+    x, expert_ids, expert_weights, _, _ = body.inputs
+    chosen = _chosen(body, x, expert_ids, experts)
+    outputs = grouped(body, chosen, experts)
+    # Where a token's result lies among its expert's follows from how many pairs come before it.
+    ranks = body.CumSum(body.Reshape(chosen, body.integers(-1)), body.integer(0), exclusive=1)
+    tokens = body.Squeeze(body.dimension(x, 0))
+    column = body.Unsqueeze(body.Range(body.integer(0), tokens, body.integer(1)), body.integers(1))
+    places = body.Gather(ranks, body.Add(body.Mul(expert_ids, tokens), column))
+    mixed = body.MatMul(body.Unsqueeze(expert_weights, body.integers(1)), body.Gather(outputs, places))
+    return body.Squeeze(mixed, body.integers(1))
 
 
-def _counts(body: FunctionBody, pairs: Value, experts: int) -> Value:
-    """How many pairs each expert has, `[experts]` int64."""
-    matches = body.Equal(body.Unsqueeze(pairs, body.integers(-1)), body.integers(*range(experts)))
-    return body.ReduceSum(body.Cast(matches, to=ir.DataType.INT64), body.integers(0), keepdims=0)
+def _chosen(body: FunctionBody, x: Value, expert_ids: Value, experts: int) -> Value:
+    """1 where an expert has a token and 0 elsewhere, `[experts, T]` int64."""
+    shape = body.Concat(body.dimension(x, 0), body.integers(experts), axis=0)
+    none = body.Expand(body.integer(0), shape)
+    ones = body.Expand(body.integer(1), body.Shape(expert_ids))
+    return body.Transpose(body.ScatterElements(none, expert_ids, ones, axis=1), perm=[1, 0])
 
 
-_PerExpert = Callable[[FunctionBody, Value, Value, Value, int], Value]
-"""`rows`, sorted by expert and `counts` of them each, times their expert's transposed matrix."""
+_Grouped = Callable[[FunctionBody, Value, int], Value]
+"""The feed-forward of every chosen pair, `[T * K, H]`, the first expert's tokens first, given `_chosen`'s matrix."""
 
 
-def _unrolled(body: FunctionBody, rows: Value, counts: Value, weights: Value, experts: int) -> Value:
-    if experts == 1:
-        return body.MatMul(rows, body.Squeeze(body.Transpose(weights, perm=[0, 2, 1]), body.integers(0)))
-    chunks = body.several("Split", experts, rows, counts, axis=0)
-    transposed = body.Transpose(weights, perm=[0, 2, 1])
-    matrices = body.several("Split", experts, transposed, axis=0, num_outputs=experts)
+def _unrolled(body: FunctionBody, chosen: Value, experts: int) -> Value:
+    x, _, _, gate_up, down = body.inputs
+    counts = body.ReduceSum(chosen, body.integers(1), keepdims=0)
+    flags = body.Reshape(body.Cast(chosen, to=ir.DataType.BOOL), body.integers(-1))
+    rows = [body.Compress(x, each, axis=0) for each in _split(body, experts, flags)]
+    hidden = _gated(body, _products(body, rows, gate_up), axis=1)
+    return _products(body, body.several("Split", experts, hidden, counts, axis=0), down)
+
+
+def _products(body: FunctionBody, rows: Sequence[Value], weights: Value) -> Value:
+    """Each expert's rows times its transposed matrix, end to end."""
+    matrices = _split(body, len(rows), body.Transpose(weights, perm=[0, 2, 1]))
     products = [
-        body.MatMul(chunk, body.Squeeze(matrix, body.integers(0)))
-        for chunk, matrix in zip(chunks, matrices, strict=True)
+        body.MatMul(each, body.Squeeze(matrix, body.integers(0))) for each, matrix in zip(rows, matrices, strict=True)
     ]
     return body.Concat(*products, axis=0)
+
+
+def _split(body: FunctionBody, count: int, x: Value) -> Sequence[Value]:
+    """Equal parts of the first axis."""
+    return body.several("Split", count, x, axis=0, num_outputs=count) if count > 1 else [x]
+
+
+def _looped(body: FunctionBody, chosen: Value, experts: int, dtype: ir.DataType) -> Value:
+    x, _, _, gate_up, down = body.inputs
+    counts = body.ReduceSum(chosen, body.integers(1), keepdims=0)
+    tokens = body.Gather(body.NonZero(chosen), body.integer(1), axis=0)
+    hidden = _gated(body, _loop(body, body.Gather(x, tokens), counts, gate_up, experts, dtype), axis=1)
+    return _loop(body, hidden, counts, down, experts, dtype)
 
 
 def _loop(body: FunctionBody, rows: Value, counts: Value, weights: Value, experts: int, dtype: ir.DataType) -> Value:

@@ -24,47 +24,62 @@ def row_products(
 ):  # fmt: skip
     """Products of every weight row with every state row, float32 `[WEIGHT_ROWS, BLOCK_ROWS]`.
 
-    `states` and `weights` point to the first of `SIZE` columns of each row, `scales` to each row's first group scale
-    where the weights have 4 bits.
+    `states` and `weights` point to the first of `SIZE` columns of each row, encoded weights in 16-bit words, `scales`
+    to each row's first group scale where the weights have 4 bits.
     """
     sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
     if ENCODING == INT4:
-        byte = tl.arange(0, DEPTH // 2)
-        low = byte // (GROUP // 2) * GROUP + byte % (GROUP // 2)
+        word = tl.arange(0, DEPTH // 4)
+        half = tl.arange(0, DEPTH // 2)
+        low = half // (GROUP // 2) * GROUP + half % (GROUP // 2)
         group = tl.arange(0, DEPTH // GROUP)
         for start in range(0, SIZE, DEPTH):
             # Columns past the end: whatever their weights are, their states are zero.
-            inside = start + low < SIZE
-            low_states = tl.load(states[None, :] + (start + low)[:, None], mask=inside[:, None], other=0.0)
-            high_states = tl.load(
-                states[None, :] + (low + GROUP // 2 + start)[:, None], mask=inside[:, None], other=0.0
+            inside = (low + start < SIZE)[:, None]
+            low_states = tl.load(states[None, :] + (low + start)[:, None], mask=inside, other=0.0)
+            high_states = tl.load(states[None, :] + (low + GROUP // 2 + start)[:, None], mask=inside, other=0.0)
+            known = (word + start // 4 < SIZE // 4)[None, :]
+            words = tl.load(
+                weights[:, None] + (word + start // 4)[None, :], mask=known, other=0, eviction_policy="evict_first"
             )
-            codes = tl.load(
-                weights[:, None] + (byte + start // 2)[None, :], mask=inside[None, :], other=0,
-                eviction_policy="evict_first",
-            )  # fmt: skip
-            known = group + start // GROUP < SIZE // GROUP
-            scale = tl.load(scales[:, None] + (group + start // GROUP)[None, :], mask=known[None, :], other=0.0)
-            low_weights, high_weights = decode_int4(codes, scale, low_states)
+            known = (group + start // GROUP < SIZE // GROUP)[None, :]
+            scale = tl.load(scales[:, None] + (group + start // GROUP)[None, :], mask=known, other=0.0)
+            low_weights, high_weights = decode_int4(words, scale, low_states)
             sums = tl.dot(low_weights, low_states, sums, input_precision="ieee")
             sums = tl.dot(high_weights, high_states, sums, input_precision="ieee")
     else:
+        # Columns in one word of the weights.
+        packed: tl.constexpr = 2 if ENCODING == E4M3_BITS else 1
         column = tl.arange(0, DEPTH)
+        word = tl.arange(0, DEPTH // packed)
         for start in range(0, SIZE, DEPTH):
+            inside = (column + start < SIZE)[:, None]
+            known = (word + start // packed < SIZE // packed)[None, :]
+            state_places = states[None, :] + (column + start)[:, None]
+            word_places = weights[:, None] + (word + start // packed)[None, :]
             if SIZE % DEPTH == 0:
-                some_states = tl.load(states[None, :] + (start + column)[:, None])
-                some_weights = tl.load(weights[:, None] + (start + column)[None, :], eviction_policy="evict_first")
+                some_states = tl.load(state_places)
+                words = tl.load(word_places, eviction_policy="evict_first")
             else:
-                inside = start + column < SIZE
-                some_states = tl.load(states[None, :] + (start + column)[:, None], mask=inside[:, None], other=0.0)
-                some_weights = tl.load(
-                    weights[:, None] + (start + column)[None, :], mask=inside[None, :], other=0.0,
-                    eviction_policy="evict_first",
-                )  # fmt: skip
+                some_states = tl.load(state_places, mask=inside, other=0.0)
+                words = tl.load(word_places, mask=known, other=0.0, eviction_policy="evict_first")
             if ENCODING == E4M3_BITS:
-                some_weights = decode_e4m3(some_weights, some_states)
-            sums = tl.dot(some_weights, some_states, sums, input_precision="ieee")
+                sums = tl.dot(decode_e4m3(words, some_states), some_states, sums, input_precision="ieee")
+            else:
+                sums = tl.dot(words, some_states, sums, input_precision="ieee")
     return sums
+
+
+@triton.jit
+def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr):
+    """Where each of `row` begins, and its scales where it has one a group."""
+    if ENCODING == INT4:
+        weights, scales = WEIGHTS + row * (SIZE // 4), SCALE + row * (SIZE // GROUP)
+    elif ENCODING == E4M3_BITS:
+        weights, scales = WEIGHTS + row * (SIZE // 2), None
+    else:
+        weights, scales = WEIGHTS + row * SIZE, None
+    return weights, scales
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -91,10 +106,7 @@ def gate_up_product(
         channel = tl.minimum(channel, INTERMEDIATE - 1)
     weight_row = expert * (2 * INTERMEDIATE) + channel + lane // WEIGHT_ROWS * INTERMEDIATE
     states = X + token.to(tl.int64) * HIDDEN_SIZE
-    if ENCODING == INT4:
-        weights, scales = GATE_UP + weight_row * (HIDDEN_SIZE // 2), GATE_UP_SCALE + weight_row * (HIDDEN_SIZE // GROUP)
-    else:
-        weights, scales = GATE_UP + weight_row * HIDDEN_SIZE, 0
+    weights, scales = encoded_rows(GATE_UP, GATE_UP_SCALE, weight_row, HIDDEN_SIZE, ENCODING)
     sums = row_products(states, weights, scales, BLOCK_ROWS, 2 * WEIGHT_ROWS, HIDDEN_SIZE, DEPTH, ENCODING)
     if ENCODING >= E4M3_BITS:
         sums *= tl.load(GATE_UP_SCALE + weight_row)[:, None]
@@ -132,10 +144,7 @@ def down_product(
     if HIDDEN_SIZE % WEIGHT_ROWS != 0:
         weight_row = expert * HIDDEN_SIZE + tl.minimum(channel, HIDDEN_SIZE - 1)
     states = HIDDEN + row.to(tl.int64) * INTERMEDIATE
-    if ENCODING == INT4:
-        weights, scales = DOWN + weight_row * (INTERMEDIATE // 2), DOWN_SCALE + weight_row * (INTERMEDIATE // GROUP)
-    else:
-        weights, scales = DOWN + weight_row * INTERMEDIATE, 0
+    weights, scales = encoded_rows(DOWN, DOWN_SCALE, weight_row, INTERMEDIATE, ENCODING)
     sums = row_products(states, weights, scales, BLOCK_ROWS, WEIGHT_ROWS, INTERMEDIATE, DEPTH, ENCODING)
 
     stored = pair < pairs

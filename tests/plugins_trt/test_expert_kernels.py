@@ -44,7 +44,9 @@ CASES = [
     Experts("sizes of one, which Triton makes constants", 1, 32, 32, 1, 1),
     Experts("no token: an empty grid", tokens=0),
     Experts("several turns of the loop and several tiles", 5, 160, 96, 3),
+    Experts("even sizes, which two codes in a word need, that fill no tile", 11, 38, 22, 3),
 ]
+EVEN = CASES[-1]
 GROUPED = [case for case in CASES if case.hidden % 32 == case.intermediate % 32 == 0]
 """Those whose sizes the 4-bit encoding can hold."""
 
@@ -149,7 +151,7 @@ def to_fp8(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("case", [ORDINARY, CASES[1]], ids=lambda case: case.catches)
+@pytest.mark.parametrize("case", [ORDINARY, EVEN], ids=lambda case: case.catches)
 def test_fp8_weights(interpreter: Interpreter, case: Experts, dtype: torch.dtype) -> None:
     """Catches a code that is decoded wrongly, and a scale of the wrong row."""
     layer = mixture(case, dtype)
@@ -159,7 +161,7 @@ def test_fp8_weights(interpreter: Interpreter, case: Experts, dtype: torch.dtype
     assert_close(interpreter(kernel.expert_ffn_fp8, *layer.tokens, *gate_up, *down), oracle(true))
 
 
-@pytest.mark.parametrize("case", [ORDINARY, CASES[1], CASES[3]], ids=lambda case: case.catches)
+@pytest.mark.parametrize("case", [ORDINARY, EVEN, CASES[3]], ids=lambda case: case.catches)
 def test_fp8_weights_and_activations(interpreter: Interpreter, case: Experts) -> None:
     """Catches a scale of the wrong token, rows that truncate, and padding rows that spoil their block."""
     layer = mixture(case, torch.float32)
@@ -174,11 +176,12 @@ def test_every_fp8_code(interpreter: Interpreter) -> None:
     """Catches a subnormal number, a sign or a border of the format that the decoding gets wrong."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     codes[[0x7F, 0xFF]] = 0.0  # the two that are no numbers
-    # One expert of one channel, whose up row holds every code; each token picks one of them, its gate is 1.
-    gate_up = torch.stack([torch.ones(256).to(codes.dtype), codes])[None]
-    down = torch.ones(1, 256, 1).to(codes.dtype)
+    # One expert of two channels, whose up rows hold every code; each token picks one of them, its gates are 1 and 0.
+    one, zero = torch.ones(256).to(codes.dtype), torch.zeros(256).to(codes.dtype)
+    gate_up = torch.stack([one, zero, codes, codes])[None]
+    down = torch.ones(1, 256, 2).to(codes.dtype)
     token = torch.eye(256), torch.zeros(256, 1, dtype=torch.int64), torch.ones(256, 1)
-    output = interpreter(kernel.expert_ffn_fp8, *token, gate_up, torch.ones(1, 2), down, torch.ones(1, 256))
+    output = interpreter(kernel.expert_ffn_fp8, *token, gate_up, torch.ones(1, 4), down, torch.ones(1, 256))
     expected = F.gelu(torch.ones(1, dtype=torch.float64), approximate="tanh") * codes.double()[:, None]
     torch.testing.assert_close(output.double(), expected.expand(256, 256), rtol=8 * U32, atol=0)
 

@@ -32,6 +32,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
+    torch.uint16: "u16",
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",
