@@ -28,9 +28,12 @@ SCALE_SUFFIX = "_scale"
 _LARGEST = torch.finfo(FP8).max
 _SMALLEST_ABSMAX = 2.0**-100
 """A channel's largest magnitude counts as at least this, so that a channel of zeros gets a scale to divide by."""
-_DIVISORS = (8.0, 7.5, 7.0, 8.5)
+_DIVISORS = (8.0, 8.5, 7.5)
 """Candidates for a 4-bit scale: the group's largest number, negated, over each of these. Over 8 it gets the code -8
-exactly; less than 8 cuts it off for finer steps below, which costs less than it brings in many groups."""
+exactly; more than 8 cuts it off for finer steps below, which costs less than it brings in many groups. On the pocket's
+experts the error of one expert tensor is 8.60% with 8 alone, 8.28% with these three, 8.23% with six."""
+_BLOCK = 1 << 18
+"""Weights quantised at a time: so many stay in the processor's cache from one operation to the next."""
 _LINEAR = re.compile(r"(^|\.)layers\.\d+\.(self_attn|mlp)\.\w+_proj(\.weight)?$")
 _EXPERTS = re.compile(r"(^|\.)layers\.\d+\.experts(\.(gate_up|down)_proj)?$")
 
@@ -75,28 +78,26 @@ def quantize_int4(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> 
             low half and column `j + 16` in its high half.
         scale: `[..., K / 32]`.
     """
-    groups = weight.float().view(*weight.shape[:-1], -1, GROUP)
-    extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
-    best = _Rounded(groups, extreme, _DIVISORS[0], scale_dtype)
-    scale, codes, error = best.scale, best.codes, best.error
+    *channels, depth = weight.shape
+    groups = weight.float().reshape(-1, GROUP).T.contiguous()  # one instruction works on many groups: 3 times as fast
+    low, high = groups.amin(0), groups.amax(0)
+    extreme = torch.where(high > -low, high, low)
+    scale, codes, error = _round(groups, extreme / -_DIVISORS[0], scale_dtype)
     for divisor in _DIVISORS[1:]:
-        other = _Rounded(groups, extreme, divisor, scale_dtype)
-        better = other.error < error
-        scale, codes = torch.where(better, other.scale, scale), torch.where(better, other.codes, codes)
-        error = torch.where(better, other.error, error)
-    stored = (codes + 8).to(torch.uint8)
-    low, high = stored.chunk(2, dim=-1)
-    return (low | high << 4).flatten(-2), scale.squeeze(-1).to(scale_dtype)
+        other_scale, other_codes, other_error = _round(groups, extreme / -divisor, scale_dtype)
+        better = other_error < error
+        scale, codes = torch.where(better, other_scale, scale), torch.where(better, other_codes, codes)
+        error = torch.where(better, other_error, error)
+    first, second = (codes + 8).to(torch.uint8).chunk(2)
+    packed = (first | second << 4).T.reshape(*channels, depth // 2)
+    return packed, scale.to(scale_dtype).view(*channels, depth // GROUP)
 
 
-class _Rounded:
-    """Groups `[..., 32]` rounded with the scale that one divisor gives."""
-
-    def __init__(self, groups: Tensor, extreme: Tensor, divisor: float, scale_dtype: torch.dtype) -> None:
-        self.scale = (extreme / -divisor).to(scale_dtype).float()
-        inverse = torch.where(self.scale == 0, 0.0, 1.0 / self.scale)
-        self.codes = (groups * inverse).round_().clamp_(-8, 7)
-        self.error = (self.codes * self.scale - groups).square_().sum(-1, keepdim=True)
+def _round(groups: Tensor, scale: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales as they are stored, the nearest codes `[32, n]` of groups `[32, n]`, and their sums of squared errors."""
+    scale = scale.to(scale_dtype).float()
+    codes = (groups * torch.where(scale == 0, 0.0, 1.0 / scale)).round_().clamp_(-8, 7)
+    return scale, codes, (codes * scale).sub_(groups).square_().sum(0)
 
 
 def store(tensors: Mapping[str, WeightTensor], precision: Precision) -> dict[str, Source]:
@@ -157,9 +158,10 @@ class _Pass:
         """The codes, flat, some rows at a time."""
         scales = []
         for rows in whole_rows(self._tensor):
-            codes, scale = self._quantize(rows)
-            scales.append(scale.flatten())
-            yield codes.flatten()
+            for block in rows.split(max(1, _BLOCK // rows.shape[1])):
+                codes, scale = self._quantize(block)
+                scales.append(scale.flatten())
+                yield codes.flatten()
         self._scales = scales
 
     def scales(self) -> Iterator[Tensor]:

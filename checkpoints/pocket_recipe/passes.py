@@ -26,7 +26,8 @@ def encode(model: StepModel, tokens: Tensor, length: Tensor) -> tuple[Tensor, Pr
     rows = _rows(
         tokens, torch.zeros_like(length), False, (window, torch.zeros_like(positions), positions + 1), None, model
     )
-    empty = [torch.zeros(B, 0, layer.kv_heads, layer.head_dim, device=tokens.device) for layer in model.config.layers]
+    none = torch.zeros(0, device=tokens.device, dtype=model.embed_tokens.weight.dtype)
+    empty = [none.view(B, 0, layer.kv_heads, layer.head_dim) for layer in model.config.layers]
     hidden, keys, values = model.transform(rows, empty, empty)
     return hidden, Prefix(keys, values, length)
 
@@ -48,6 +49,7 @@ def _rows(
     sliding, full, end = intervals
     pages, base = torch.arange(B, device=tokens.device)[:, None], torch.zeros_like(start)
     if soft is None:
-        soft = torch.zeros(B, S, model.config.hidden_size, device=tokens.device)
+        dtype = model.embed_tokens.weight.dtype
+        soft = torch.zeros(B, S, model.config.hidden_size, dtype=dtype, device=tokens.device)
     kind = torch.full((B,), denoises, device=tokens.device)
     return Rows(tokens, start, kind, sliding, end, full, end, pages, base, pages, base, soft)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -252,3 +254,34 @@ def test_fp8_takes_a_byte_a_weight_and_four_a_channel(checkpoint: Checkpoint) ->
     ]
     channels = sum(tensor.elements // tensor.shape[-1] for tensor in quantized)
     assert codes == wide - sum(tensor.elements for tensor in quantized) + 4 * channels
+
+
+STREAM = """
+import resource
+import torch
+from export.quantization import store
+from export.tensor_file import CHUNK_BYTES
+from export.weights import Precision
+
+class Drawn:
+    shape, elements, paths = (4, 4096, 4096), 1 << 26, ()
+    def chunks(self):
+        for _ in range(2 * self.elements // CHUNK_BYTES):
+            yield torch.ones(CHUNK_BYTES // 2, dtype=torch.bfloat16)
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+next(Drawn().chunks())
+before = peak()
+sources = store({"layers.0.experts.down_proj": Drawn()}, Precision.INT4).values()
+written = sum(chunk.nbytes for source in sources for chunk in source.chunks())
+print(peak() - before, written)
+"""
+
+
+def test_quantising_needs_a_few_chunks_of_memory() -> None:
+    """Catches a tensor of 128 MB, which can be one of 2 GB, held whole or quantised in one piece."""
+    run = subprocess.run([sys.executable, "-c", STREAM], check=True, capture_output=True, text=True)
+    grown, written = map(int, run.stdout.split())
+    assert written == (1 << 26) // 2 + 2 * (1 << 26) // 32
+    # The chunk, the next one, and what one block of it leaves behind; the whole tensor is eight chunks.
+    assert grown <= 4 * tensor_file.CHUNK_BYTES
