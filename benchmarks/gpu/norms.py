@@ -29,7 +29,7 @@ def random_arguments(layer: str, batch: int) -> Arguments:
     _, kv_heads, head_dim = SHAPES[layer]
     sizes = [HEADS, kv_heads] + [kv_heads] * (layer == "sliding")
     joined = torch.randn(batch, 256, sum(sizes), head_dim, dtype=torch.bfloat16, device="cuda")
-    parts = joined.split(sizes, dim=2)
+    parts = torch.split(joined, sizes, dim=2)
     weights = torch.randn(2, head_dim, dtype=torch.bfloat16, device="cuda")
     angles = 100 * torch.rand(batch, 256, head_dim // 2, device="cuda")
     turn = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -56,7 +56,8 @@ def measure(layer: str, batch: int) -> dict[str, object]:
     error, layers = error_of(arguments), SHAPES[layer][0]
     print(
         f"{'FAILED' if not error <= 1 else 'ok':6} {layer:7} {batch} canvases: {kernel_seconds * 1e6:6.1f} us a layer, "
-        f"compiled reference {compiled_seconds * 1e6:6.1f} us; {layers} layers {kernel_seconds * layers * 1e3:6.3f} ms, "
+        f"compiled reference {compiled_seconds * 1e6:6.1f} us; {layers} layers "
+        f"{kernel_seconds * layers * 1e3:6.3f} ms, "
         f"compiled {compiled_seconds * layers * 1e3:6.3f} ms",
         flush=True,
     )
