@@ -156,6 +156,9 @@ class WatchedHandle(Handle):
         self._handle.cancel()
         self._cancelled.set()
 
+    def wake(self) -> None:
+        self._handle.wake()
+
     async def wait_cancelled(self) -> None:
         """Wait until the handler has been left."""
         await asyncio.wait_for(self._cancelled.wait(), 30)
@@ -168,8 +171,8 @@ class WatchedRunner(Runner):
         super().__init__(*arguments, **options)
         self._submissions: asyncio.Queue[WatchedHandle] = asyncio.Queue()
 
-    def submit(self, request: GenerationRequest, sink: Sink, deadline: float | None = None) -> Handle:
-        handle = WatchedHandle(super().submit(request, sink, deadline))
+    def submit(self, request: GenerationRequest, sink: Sink, deadline: float | None = None, **options: Any) -> Handle:
+        handle = WatchedHandle(super().submit(request, sink, deadline, **options))
         self._submissions.put_nowait(handle)
         return handle
 
