@@ -100,7 +100,7 @@ def widen_e4m3(code, like):
 
 @triton.jit
 def decode_int4(words, scale, like):
-    """Weights `[R, 2 W]` of the low and of the high halves of the bytes in uint16 `words [R, W]`, in the dtype of `like`.
+    """Weights `[R, 2 W]` of the low and the high halves of the bytes in uint16 `words [R, W]`, in the dtype of `like`.
 
     `scale [R, W / 8]` holds one factor a group; a weight is rounded once, after it is applied.
     """

@@ -72,13 +72,12 @@ def row_products(
 
 @triton.jit
 def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr):
-    """Where each of `row` begins, and its scales where it has one a group."""
+    """Where the weights and the scales of each of `row` begin; the second means nothing where no group has a scale."""
+    packed: tl.constexpr = 4 if ENCODING == INT4 else 2 if ENCODING == E4M3_BITS else 1
+    weights = WEIGHTS + row * (SIZE // packed)
+    scales = weights
     if ENCODING == INT4:
-        weights, scales = WEIGHTS + row * (SIZE // 4), SCALE + row * (SIZE // GROUP)
-    elif ENCODING == E4M3_BITS:
-        weights, scales = WEIGHTS + row * (SIZE // 2), None
-    else:
-        weights, scales = WEIGHTS + row * SIZE, None
+        scales = SCALE + row * (SIZE // GROUP)
     return weights, scales
 
 
