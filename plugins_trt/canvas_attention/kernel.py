@@ -36,6 +36,8 @@ class Tiles:
     """Columns of the output."""
     warps: int
     stages: int
+    resident: int = 1
+    """Blocks that a multiprocessor holds at a time; the keys are split until all have that many."""
 
 
 def canvas_attention(
@@ -155,14 +157,14 @@ class _Call:
         return {"PAGE": self.key_pool.shape[1], "KV_HEADS": self.kv_heads, "GROUP": heads // self.kv_heads, "D": D}
 
 
-def _splits(gpu: Gpu, blocks: int, key_tiles: int) -> int:
-    """Parts into which the keys are cut so that `blocks` blocks of rows fill the GPU, two tiles a part at least."""
-    return max(1, min(gpu.multiprocessors // blocks, key_tiles // 2))
+def _splits(room: int, blocks: int, key_tiles: int) -> int:
+    """Parts into which the keys are cut so that `blocks` blocks fill a GPU with `room`, two tiles a part at least."""
+    return max(1, min(room // blocks, key_tiles // 2))
 
 
 def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> Tensor:
     B, blocks = call.query.shape[0], triton.cdiv(call.rows, tiles.rows)
-    splits = _splits(gpu, B * call.kv_heads * blocks, call.key_tiles(tiles.keys))
+    splits = _splits(gpu.multiprocessors * tiles.resident, B * call.kv_heads * blocks, call.key_tiles(tiles.keys))
     partial = call.partials(splits, call.query.dtype)
     totals = torch.empty(partial.shape[:-1], dtype=torch.float32, device=call.query.device)
     attend[(blocks, call.kv_heads * splits, B)](
@@ -181,7 +183,7 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
     fitting = scratch_bytes // (stored_rows * tiles.keys * call.query.element_size())
     chunks = triton.cdiv(all_tiles, max(1, fitting))
     chunk = triton.cdiv(all_tiles, chunks)
-    splits = _splits(gpu, B * call.kv_heads * blocks * bands, chunk)
+    splits = _splits(gpu.multiprocessors * gather_tiles.resident, B * call.kv_heads * blocks * bands, chunk)
     # What several chunks add to stays in float32.
     partial = call.partials(splits, call.query.dtype if chunks == 1 else torch.float32)
     # Two, since a chunk's bands of columns all read what the chunk before it left.
