@@ -75,7 +75,7 @@ def _error(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor
 def _repeated(layer: Layer, generator: torch.Generator) -> Iterator[tuple[str, float, float]]:
     """The same token gives the same bits a second time, and among fewer tokens."""
     x, ids, weights = random_tokens(512, generator)
-    tiles = choose_tiles(512 * TOP_K / EXPERTS, x.element_size(), gpu_of(x.device))
+    tiles = choose_tiles(512 * TOP_K / EXPERTS, layer.weights.encoding, x.element_size(), gpu_of(x.device))
     first, again = (layer.operation(x, ids, weights, *layer.tensors, tiles=tiles) for _ in range(2))
     fewer = layer.operation(x[:100], ids[:100], weights[:100], *layer.tensors, tiles=tiles)
     yield f"experts in {layer.encoding}: values that change when repeated", float((first != again).sum()), 0.0

@@ -40,8 +40,6 @@ from plugins_trt.expert_ffn.kernel import gated_states, weighted_parts
 from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles
 from plugins_trt.gpu import gpu_of
 
-TOKENS = (256, 512, 1024, 2048, 4096, 8192)
-
 ROTATED = 3
 """Layers whose weights are read in turn; one of them is many times the L2 cache already."""
 
@@ -59,8 +57,10 @@ class Candidate:
 _TILES = {
     # Weight rows, depth, warps, stages, for blocks of at most so many rows; depth in columns of bfloat16.
     32: (
-        [(64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)],
-        [(128, 64, 4, 4), (128, 64, 4, 5), (128, 64, 8, 4), (64, 64, 4, 5), (256, 64, 8, 3)],
+        [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3),
+         (128, 64, 8, 4)],
+        [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 4, 5), (128, 64, 8, 4), (64, 64, 4, 5), (256, 64, 8, 3),
+         (256, 64, 8, 4)],
     ),
     64: (
         [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 3), (128, 64, 8, 3)],
@@ -70,7 +70,11 @@ _TILES = {
         [(64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 4), (128, 64, 8, 3)],
         [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)],
     ),
-}
+    256: ([(64, 64, 8, 3)], [(128, 64, 8, 3)]),
+}  # fmt: skip
+
+BLOCK_ROWS = {256: (16, 32), 2048: (64, 128), 8192: (128, 256), 1024: (32, 64), 512: (32, 64), 4096: (128, 256)}
+"""Block sizes to try by number of tokens, the most telling numbers first."""
 
 
 def candidates(encoding: str, block_rows: int) -> list[Candidate]:
@@ -84,9 +88,6 @@ def candidates(encoding: str, block_rows: int) -> list[Candidate]:
         for product, tiles in products
         for rows, depth, warps, stages in tiles
     ]
-
-
-BLOCK_ROWS = {256: (16, 32), 512: (32, 64), 1024: (32, 64, 128), 2048: (64, 128), 4096: (128,), 8192: (128,)}
 
 
 def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float:
@@ -126,36 +127,42 @@ def _attempt(candidate: Candidate, layers: Sequence[Layer], tokens: int, generat
         return None
 
 
-def tune(jobs: int) -> list[dict[str, object]]:
-    """Times every candidate at every number of tokens and prints the best ones."""
+def tune(jobs: int, deadline: float) -> list[dict[str, object]]:
+    """Times every candidate and the table's choice, at as many numbers of tokens as there is time for."""
     sizes = sorted({rows for several in BLOCK_ROWS.values() for rows in several})
     compile_all([one for encoding in ENCODINGS for rows in sizes for one in candidates(encoding, rows)], jobs)
+    print(f"compiled; {deadline - time.monotonic():.0f} s left", flush=True)
     generator = torch.Generator("cuda").manual_seed(1)
-    rows = []
-    for encoding in ENCODINGS:
-        layers = [random_layer(encoding, generator) for _ in range(ROTATED)]
-        for tokens, block_rows in BLOCK_ROWS.items():
+    layers = {encoding: [random_layer(encoding, generator) for _ in range(ROTATED)] for encoding in ENCODINGS}
+    rows: list[dict[str, object]] = []
+    for tokens, block_rows in BLOCK_ROWS.items():
+        for encoding in ENCODINGS:
+            if time.monotonic() > deadline:
+                print(f"no time for {tokens} tokens in {encoding}", flush=True)
+                continue
             wanted = [one for size in block_rows for one in candidates(encoding, size)]
-            timed = [(_attempt(one, layers, tokens, generator), one) for one in wanted]
-            rows += [{"tokens": tokens, "seconds": seconds, **asdict(one)} for seconds, one in timed]
-            for product in ("gate_up", "down"):
-                best = sorted((seconds, str(one)) for seconds, one in timed if seconds and one.product == product)
-                for seconds, one in best[:3]:
-                    print(f"  {tokens:5} tokens {seconds * 1e6:8.1f} us  {one}", flush=True)
-        rows += measure(layers)
+            rows += _compare(wanted, layers[encoding], tokens, generator)
+            rows.append(measure(layers[encoding], tokens))
     return rows
 
 
-def measure(layers: Sequence[Layer]) -> list[dict[str, object]]:
+def _compare(
+    wanted: Sequence[Candidate], layers: Sequence[Layer], tokens: int, generator: torch.Generator
+) -> list[dict[str, object]]:
+    timed = [(_attempt(one, layers, tokens, generator), one) for one in wanted]
+    for product in ("gate_up", "down"):
+        best = sorted((seconds, str(one)) for seconds, one in timed if seconds and one.product == product)
+        for seconds, one in best[:4]:
+            print(f"  {tokens:5} tokens {seconds * 1e6:8.1f} us  {one}", flush=True)
+    return [{"tokens": tokens, "seconds": seconds, **asdict(one)} for seconds, one in timed]
+
+
+def measure(layers: Sequence[Layer], tokens: int) -> dict[str, object]:
     """Times the whole operation with the tiles of the table."""
-    generator = torch.Generator("cuda").manual_seed(2)
-    rows = []
-    for tokens in TOKENS:
-        x, ids, weights = random_tokens(tokens, generator)
-        seconds = graph_seconds([partial(layer.operation, x, ids, weights, *layer.tensors) for layer in layers])
-        tiles = choose_tiles(tokens * TOP_K / EXPERTS, x.element_size(), gpu_of(x.device))
-        rows.append(_report(layers[0], tokens, seconds, tiles, ids))
-    return rows
+    x, ids, weights = random_tokens(tokens, torch.Generator("cuda").manual_seed(2))
+    seconds = graph_seconds([partial(layer.operation, x, ids, weights, *layer.tensors) for layer in layers])
+    tiles = choose_tiles(tokens * TOP_K / EXPERTS, layers[0].weights.encoding, x.element_size(), gpu_of(x.device))
+    return _report(layers[0], tokens, seconds, tiles, ids)
 
 
 def _report(layer: Layer, tokens: int, seconds: float, tiles: Tiles, ids: torch.Tensor) -> dict[str, object]:
@@ -179,6 +186,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with float32 in place of timing")
     parser.add_argument("--table", action="store_true", help="time the table's tiles alone")
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="time after which no more numbers of tokens are timed"
+    )
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14), help="processes that compile")
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
@@ -202,11 +212,7 @@ def _checked() -> tuple[list[dict[str, object]], bool]:
 
 
 def _timed(options: argparse.Namespace) -> dict[str, object]:
-    rows = [] if options.table else tune(options.jobs)
-    if options.table:
-        generator = torch.Generator("cuda").manual_seed(1)
-        for encoding in ENCODINGS:
-            rows += measure([random_layer(encoding, generator) for _ in range(ROTATED)])
+    rows = _table() if options.table else tune(options.jobs, time.monotonic() + options.seconds)
     limits = {"read": read_bandwidth(), "copy": copy_bandwidth(), "matrix": matrix_rate()}
     print(
         f"{torch.cuda.get_device_name()}: reads {limits['read'] / 1e12:.2f} TB/s, copies {limits['copy'] / 1e12:.2f} "
@@ -214,6 +220,14 @@ def _timed(options: argparse.Namespace) -> dict[str, object]:
     )
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
             "limits": limits, "rows": rows}  # fmt: skip
+
+
+def _table() -> list[dict[str, object]]:
+    generator, rows = torch.Generator("cuda").manual_seed(1), []
+    for encoding in ENCODINGS:
+        layers = [random_layer(encoding, generator) for _ in range(ROTATED)]
+        rows += [measure(layers, tokens) for tokens in sorted(BLOCK_ROWS)]
+    return rows
 
 
 if __name__ == "__main__":

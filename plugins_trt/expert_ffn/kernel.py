@@ -142,7 +142,8 @@ def mixture(
     if x.shape[0] == 0:
         return torch.empty_like(x)
     experts, top_k = weights.sizes[0], expert_ids.shape[1]
-    tiles = tiles or choose_tiles(expert_ids.numel() / experts, x.element_size(), gpu_of(x.device))
+    gpu = gpu_of(x.device)
+    tiles = tiles or choose_tiles(expert_ids.numel() / experts, weights.encoding, x.element_size(), gpu)
     plan = dispatch(expert_ids.contiguous(), experts, tiles.block_rows)
     hidden = gated_states(x.contiguous(), plan, weights, tiles.gate_up, top_k)
     parts = weighted_parts(hidden, plan, weights, tiles.down, expert_weights.contiguous())

@@ -82,12 +82,13 @@ def _sparse(body: FunctionBody, experts: int, grouped: _Grouped) -> Value:
     """Multiply each expert's tokens with its matrices, lay the results end to end, and add up those of each token."""
     x, expert_ids, expert_weights, _, _ = body.inputs
     chosen = _chosen(body, x, expert_ids, experts)
-    outputs = grouped(body, chosen, experts)
+    tokens = body.Gather(body.NonZero(chosen), body.integer(1), axis=0)
+    outputs = grouped(body, tokens, body.ReduceSum(chosen, body.integers(1), keepdims=0), experts)
     # Where a token's result lies among its expert's follows from how many pairs come before it.
     ranks = body.CumSum(body.Reshape(chosen, body.integers(-1)), body.integer(0), exclusive=1)
-    tokens = body.Squeeze(body.dimension(x, 0))
-    column = body.Unsqueeze(body.Range(body.integer(0), tokens, body.integer(1)), body.integers(1))
-    places = body.Gather(ranks, body.Add(body.Mul(expert_ids, tokens), column))
+    length = body.Squeeze(body.dimension(x, 0))
+    column = body.Unsqueeze(body.Range(body.integer(0), length, body.integer(1)), body.integers(1))
+    places = body.Gather(ranks, body.Add(body.Mul(expert_ids, length), column))
     mixed = body.MatMul(body.Unsqueeze(expert_weights, body.integers(1)), body.Gather(outputs, places))
     return body.Squeeze(mixed, body.integers(1))
 
@@ -100,37 +101,31 @@ def _chosen(body: FunctionBody, x: Value, expert_ids: Value, experts: int) -> Va
     return body.Transpose(body.ScatterElements(none, expert_ids, ones, axis=1), perm=[1, 0])
 
 
-_Grouped = Callable[[FunctionBody, Value, int], Value]
-"""The feed-forward of every chosen pair, `[T * K, H]`, the first expert's tokens first, given `_chosen`'s matrix."""
+_Grouped = Callable[[FunctionBody, Value, Value, int], Value]
+"""The feed-forward of every chosen pair, `[T * K, H]`, the first expert's tokens first, given the tokens in that order
+and how many of them each expert has."""
 
 
-def _unrolled(body: FunctionBody, chosen: Value, experts: int) -> Value:
+def _unrolled(body: FunctionBody, tokens: Value, counts: Value, experts: int) -> Value:
     x, _, _, gate_up, down = body.inputs
-    counts = body.ReduceSum(chosen, body.integers(1), keepdims=0)
-    flags = body.Reshape(body.Cast(chosen, to=ir.DataType.BOOL), body.integers(-1))
-    rows = [body.Compress(x, each, axis=0) for each in _split(body, experts, flags)]
+    # Indices are split and not the states: `[T * K, H]` is never laid out just to be taken apart.
+    rows = [body.Gather(x, each) for each in body.several("Split", experts, tokens, counts, axis=0)]
     hidden = _gated(body, _products(body, rows, gate_up), axis=1)
     return _products(body, body.several("Split", experts, hidden, counts, axis=0), down)
 
 
 def _products(body: FunctionBody, rows: Sequence[Value], weights: Value) -> Value:
     """Each expert's rows times its transposed matrix, end to end."""
-    matrices = _split(body, len(rows), body.Transpose(weights, perm=[0, 2, 1]))
+    transposed = body.Transpose(weights, perm=[0, 2, 1])
+    matrices = body.several("Split", len(rows), transposed, axis=0, num_outputs=len(rows))
     products = [
         body.MatMul(each, body.Squeeze(matrix, body.integers(0))) for each, matrix in zip(rows, matrices, strict=True)
     ]
     return body.Concat(*products, axis=0)
 
 
-def _split(body: FunctionBody, count: int, x: Value) -> Sequence[Value]:
-    """Equal parts of the first axis."""
-    return body.several("Split", count, x, axis=0, num_outputs=count) if count > 1 else [x]
-
-
-def _looped(body: FunctionBody, chosen: Value, experts: int, dtype: ir.DataType) -> Value:
+def _looped(body: FunctionBody, tokens: Value, counts: Value, experts: int, dtype: ir.DataType) -> Value:
     x, _, _, gate_up, down = body.inputs
-    counts = body.ReduceSum(chosen, body.integers(1), keepdims=0)
-    tokens = body.Gather(body.NonZero(chosen), body.integer(1), axis=0)
     hidden = _gated(body, _loop(body, body.Gather(x, tokens), counts, gate_up, experts, dtype), axis=1)
     return _loop(body, hidden, counts, down, experts, dtype)
 

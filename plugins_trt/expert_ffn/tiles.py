@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import triton
 
+from plugins_trt.expert_ffn.encodings import WIDE
 from plugins_trt.gpu import Gpu
 
 
@@ -33,27 +35,34 @@ class Tiles:
 
 
 # Narrow blocks serve decoding, where an expert has few rows and reading its weights is all the work; wide ones serve
-# prefill and many canvases, where the matrix units are.
-_NARROW = Tiles(32, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
-_MIDDLE = Tiles(64, Product(64, 64, 4, 4), Product(128, 64, 4, 4))
-_WIDE = Tiles(128, Product(64, 64, 8, 4), Product(128, 64, 8, 4))
+# prefill and many canvases, where the matrix units are. Weights of fewer bits are read more columns at a time.
+_WIDE_WEIGHTS = (
+    (24, Tiles(32, Product(64, 64, 4, 4), Product(128, 64, 4, 4))),
+    (64, Tiles(64, Product(64, 64, 4, 4), Product(128, 64, 4, 4))),
+    (math.inf, Tiles(128, Product(64, 64, 8, 4), Product(128, 64, 8, 4))),
+)
+_NARROW_WEIGHTS = (
+    (24, Tiles(32, Product(64, 128, 4, 4), Product(128, 128, 4, 4))),
+    (64, Tiles(64, Product(64, 128, 4, 4), Product(128, 128, 8, 4))),
+    (math.inf, Tiles(128, Product(64, 128, 8, 3), Product(128, 128, 8, 3))),
+)
 _SMALL = Tiles(32, Product(32, 32, 4, 2), Product(64, 32, 4, 2))
 """For GPUs of 99 KB of shared memory a block, and for float32."""
 
 
-def choose_tiles(rows_per_expert: float, element_size: int, gpu: Gpu) -> Tiles:
+def choose_tiles(rows_per_expert: float, encoding: int, element_size: int, gpu: Gpu) -> Tiles:
     """Tiles for experts of `rows_per_expert` token rows on average.
 
     Args:
         rows_per_expert: `T * K / E`.
+        encoding: how the weights are stored, as `encodings.py` names it.
         element_size: bytes of an activation.
         gpu: where they run.
     """
     if element_size > 2 or not gpu.is_large:
         return _SMALL
-    if rows_per_expert <= 24:
-        return _NARROW
-    return _MIDDLE if rows_per_expert <= 64 else _WIDE
+    table = _WIDE_WEIGHTS if encoding == WIDE.value else _NARROW_WEIGHTS
+    return next(tiles for most, tiles in table if rows_per_expert <= most)
 
 
 def weight_tiles(rows: int, product: Product) -> int:

@@ -45,20 +45,23 @@ def route(
     # The bits of a float32, read as an integer, order as the floats do once those of negative ones are flipped.
     bits = tl.where(logit == 0.0, 0.0, logit).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    # Above the expert's id from behind, so that the larger key of two equal logits is the lower id's.
+    key = ordered * 0x100000000 + (EXPERTS_PADDED - expert)
     least = -0x7FFFFFFFFFFFFFFF
-    key = tl.where(expert < EXPERTS, ordered * 0x100000000 + (EXPERTS_PADDED - expert), least)
+    key = tl.where(expert < EXPERTS, key, least)
     slot = tl.arange(0, TOP_K_PADDED)
-    chosen = tl.zeros([TOP_K_PADDED], tl.int32)
-    chosen_logits = tl.full([TOP_K_PADDED], float("-inf"), tl.float32)
+    chosen = tl.full([TOP_K_PADDED], least, tl.int64)
     for turn in tl.static_range(TOP_K):
         best = tl.max(key, axis=0)
-        picked = key == best
-        chosen = tl.where(slot == turn, tl.sum(tl.where(picked, expert, 0), axis=0), chosen)
-        chosen_logits = tl.where(slot == turn, tl.sum(tl.where(picked, logit, 0.0), axis=0), chosen_logits)
-        key = tl.where(picked, least, key)
-    share = tl.exp(chosen_logits - tl.max(chosen_logits, axis=0))
-    scale = tl.load(PER_EXPERT_SCALE + chosen, mask=slot < TOP_K, other=0.0).to(tl.float32)
+        chosen = tl.where(slot == turn, best, chosen)
+        key = tl.where(key == best, least, key)
+    expert_id = EXPERTS_PADDED - (chosen & 0xFFFFFFFF)
+    ordered = (chosen >> 32).to(tl.int32)
+    logit = tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    logit = tl.where(slot < TOP_K, logit, float("-inf"))
+    share = tl.exp(logit - tl.max(logit, axis=0))
+    scale = tl.load(PER_EXPERT_SCALE + expert_id, mask=slot < TOP_K, other=0.0).to(tl.float32)
     weight = share / tl.sum(share, axis=0) * scale
     place = token * TOP_K + slot
-    tl.store(EXPERT_IDS + place, chosen.to(tl.int64), mask=slot < TOP_K)
+    tl.store(EXPERT_IDS + place, expert_id, mask=slot < TOP_K)
     tl.store(EXPERT_WEIGHTS + place, weight.to(EXPERT_WEIGHTS.dtype.element_ty), mask=slot < TOP_K)
