@@ -90,7 +90,7 @@ def _session(
         opset_imports={"": OPSET, DOMAIN: DOMAIN_VERSION},
         name="experts",
     )
-    model = ir.Model(graph, ir_version=10, functions=[function(experts, top_k, body)])
+    model = ir.Model(graph, ir_version=10, functions=[function(experts, body)])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     serialized = ir.to_proto(model).SerializeToString()

@@ -87,8 +87,8 @@ def trace_step(config: ModelConfig, expert_body: ExpertBody, dtype: torch.dtype 
     _fill_constants(graph, config)
     _name_dimensions(graph, config)
     # torch.onnx.export inlines every function it meets, so the local functions join after it.
-    sizes = config.vocab_size, config.experts, config.top_k_experts
-    for function in functions(*sizes, expert_body, ir.tensor(torch.zeros(0, dtype=dtype)).dtype):
+    element = ir.tensor(torch.zeros(0, dtype=dtype)).dtype
+    for function in functions(config.vocab_size, config.experts, expert_body, element):
         graph.functions[function.identifier()] = function
     graph.opset_imports[DOMAIN] = DOMAIN_VERSION
     return graph

@@ -22,13 +22,11 @@ TRACED = Operations(
 """Leaves a custom-domain node where the model calls an operation."""
 
 
-def functions(
-    vocab_size: int, experts: int, top_k: int, expert_body: ExpertBody, dtype: ir.DataType
-) -> list[ir.Function]:
+def functions(vocab_size: int, experts: int, expert_body: ExpertBody, dtype: ir.DataType) -> list[ir.Function]:
     """The local functions that give a traced model's custom-domain nodes their meaning."""
     return [
         expert_routing.function(),
-        expert_ffn.function(experts, top_k, expert_body, dtype),
+        expert_ffn.function(experts, expert_body, dtype),
         canvas_attention.function(),
         canvas_readout.function(vocab_size),
     ]

@@ -13,6 +13,11 @@ from plugins_trt.onnx_function import FunctionBody, Value, custom_node
 
 BLOCKED = -1e30
 """Stands for a blocked logit: finite, so that its share of the entropy is 0 and not NaN."""
+CERTAIN = 40.0
+"""Nats by which the most probable token leads every other one where a position is called certain. The others have then
+a joint probability below `V e^-40`, 1e-12 for 262,144 of them, and the entropy is below `41 V e^-40` nats."""
+SMALLEST_UNIFORM = 2.0**-30
+"""Uniform numbers up to this draw other tokens even at certain positions: 0 draws the first one that is possible."""
 
 
 def canvas_readout(
@@ -39,29 +44,30 @@ def canvas_readout(
 def function(vocab_size: int) -> ir.Function:
     """The readout of a vocabulary of `vocab_size`, in as few passes over `[R, S, V]` as standard operators allow.
 
-    Softmax weights stay unnormalised, `e = exp(x - max x)`: sums of `e` over blocks of the vocabulary give the total
-    and the cumulative distribution at block borders, so that argmax and candidate look closely at one block each.
+    A trained model is certain of most positions at most steps: there the candidate is the argmax, the entropy 0 and
+    the soft embedding the argmax' own. Only the other positions, the open ones, go through softmax and product.
     """
     parameters = ["hidden", "embedding", "temperature", "uniform", "guard", "guarded_ids"]
     body = FunctionBody("canvas_readout", parameters, ["softcap", "embedding_scale"])
     hidden, embedding, temperature, uniform, guard, guarded_ids = body.inputs
     softcap, last = body.attribute("softcap", AttributeType.FLOAT), body.integers(-1)
-    blocks = body.integers(0, 0, vocab_size // block_size(vocab_size), block_size(vocab_size))
-
-    capped = _capped(body, hidden, embedding, softcap)
-    capped = _guarded(body, capped, guard, guarded_ids)
-    argmax_ids, largest = _argmax(body, body.Reshape(capped, blocks), block_size(vocab_size))
-    sharpness = body.Unsqueeze(body.Div(softcap, temperature), body.integers(1, 2))
-    shifted = body.Mul(body.Sub(capped, largest), sharpness)
-    weights = body.Exp(shifted)
-    weight_blocks = body.Reshape(weights, blocks)
-    candidate_ids, total = _candidate(body, weight_blocks, uniform, block_size(vocab_size))
-    energy = body.ReduceSum(body.Mul(weights, shifted), last, keepdims=1)
-    entropy = body.Squeeze(body.Sub(body.Log(total), body.Div(energy, total)), last)
-    embedding_scale = body.attribute("embedding_scale", AttributeType.FLOAT)
-    expected = body.MatMul(body.CastLike(weights, embedding), embedding)
-    soft = body.Mul(body.Cast(expected, to=ir.DataType.FLOAT), body.Div(embedding_scale, total))
-    return body.finish(argmax_ids, candidate_ids, entropy, body.CastLike(soft, hidden))
+    capped = _guarded(body, _logits(body, hidden, embedding, softcap), guard, guarded_ids)
+    argmax_ids, largest, second = _two_largest(body, capped, vocab_size)
+    sharpness = body.Expand(body.Unsqueeze(body.Div(softcap, temperature), body.integers(1, 2)), body.Shape(largest))
+    uniform = body.Unsqueeze(uniform, last)
+    places = _open(body, body.Mul(body.Sub(largest, second), sharpness), uniform)
+    shifted = body.Sub(_picked(body, capped, places), _picked(body, largest, places))
+    shifted = body.Mul(shifted, _picked(body, sharpness, places))
+    candidates, entropies, expected = _drawn(body, shifted, _picked(body, uniform, places), embedding, vocab_size)
+    candidate_ids = _replaced(body, argmax_ids, places, candidates)
+    entropy = _replaced(body, body.Expand(body.number(0.0), body.Shape(largest)), places, entropies)
+    argmax_ids = body.Squeeze(argmax_ids, last)
+    soft = _replaced(body, body.Gather(embedding, argmax_ids), places, expected)
+    # Last the product, so that nothing is left of the casts where all is float32.
+    soft = body.Mul(
+        body.CastLike(soft, hidden), body.CastLike(body.attribute("embedding_scale", AttributeType.FLOAT), hidden)
+    )
+    return body.finish(argmax_ids, body.Squeeze(candidate_ids, last), body.Squeeze(entropy, last), soft)
 
 
 def block_size(vocab_size: int) -> int:
@@ -70,51 +76,102 @@ def block_size(vocab_size: int) -> int:
     return next(size for size in range(root, 0, -1) if vocab_size % size == 0)
 
 
-def _capped(body: FunctionBody, hidden: Value, embedding: Value, softcap: Value) -> Value:
-    """`tanh(logits / softcap)` in float32, `[R, S, V]`; the division is done on the states, V / H times fewer."""
+def _logits(body: FunctionBody, hidden: Value, embedding: Value, softcap: Value) -> Value:
+    """`logits / softcap` in float32, `[R, S, V]`; the division is done on the states, V / H times fewer."""
     narrowed = body.Div(hidden, body.CastLike(softcap, hidden))
     logits = body.MatMul(narrowed, body.Transpose(embedding, perm=[1, 0]))
-    return body.Tanh(body.Cast(logits, to=ir.DataType.FLOAT))
+    return body.Cast(logits, to=ir.DataType.FLOAT)
 
 
-def _guarded(body: FunctionBody, capped: Value, guard: Value, guarded_ids: Value) -> Value:
-    """`capped` with the guarded tokens blocked at position 0 of guarded canvases; only those entries are written."""
-    last = body.integers(-1)
-    rows = body.Range(body.integer(0), body.Squeeze(body.dimension(capped, 0)), body.integer(1))
-    shape = body.Concat(body.Shape(rows), body.Shape(guarded_ids), body.integers(1), axis=0)
-    row = body.Expand(body.Unsqueeze(rows, body.integers(1, 2)), shape)
-    token = body.Expand(body.Unsqueeze(guarded_ids, body.integers(0, 2)), shape)
-    entries = body.Concat(row, body.Mul(row, body.integer(0)), token, axis=2)
-    kept = body.GatherND(capped, entries)
-    return body.ScatterND(capped, entries, body.Where(body.Unsqueeze(guard, last), body.number(BLOCKED), kept))
+def _guarded(body: FunctionBody, logits: Value, guard: Value, guarded_ids: Value) -> Value:
+    """`tanh(logits)` with the guarded tokens blocked at position 0 of guarded canvases; only those entries are written.
+
+    What an entry holds is read from `logits`: read from what is written to, it would cost a copy of all of them.
+    """
+    shape = body.Concat(body.dimension(logits, 0), body.integers(1), body.Shape(guarded_ids), axis=0)
+    entries = body.Expand(guarded_ids, shape)
+    kept = body.Tanh(body.GatherElements(logits, entries, axis=2))
+    blocked = body.Where(body.Unsqueeze(guard, body.integers(1, 2)), body.number(BLOCKED), kept)
+    # Not ScatterND, for which ONNX Runtime copies all of them too.
+    return body.ScatterElements(body.Tanh(logits), entries, blocked, axis=2)
 
 
-def _argmax(body: FunctionBody, blocks: Value, size: int) -> tuple[Value, Value]:
-    """Index and value of the first maximum of `[R, S, blocks, size]`: `[R, S]` and `[R, S, 1]`."""
-    last = body.integers(-1)
-    maxima = body.ReduceMax(blocks, last, keepdims=0)
+def _two_largest(body: FunctionBody, capped: Value, vocab_size: int) -> tuple[Value, Value, Value]:
+    """Index of the first maximum, its value, and the largest value elsewhere, `[R, S, 1]` each.
+
+    Of the maxima of blocks the largest tells where to look closely; the second largest value is among the other blocks'
+    maxima and the rest of that block.
+    """
+    size = block_size(vocab_size)
+    blocks = body.Reshape(capped, body.integers(0, 0, vocab_size // size, size))
+    maxima = body.ReduceMax(blocks, body.integers(-1), keepdims=0)
     block = body.ArgMax(maxima, axis=-1, keepdims=1)
-    inside = body.ArgMax(body.GatherND(blocks, block, batch_dims=2), axis=-1, keepdims=1)
+    candidates = body.GatherND(blocks, block, batch_dims=2)
+    inside = body.ArgMax(candidates, axis=-1, keepdims=1)
+    nothing = body.Expand(body.number(BLOCKED), body.Shape(block))
+    others = body.Concat(
+        body.ScatterElements(maxima, block, nothing, axis=2),
+        body.ScatterElements(candidates, inside, nothing, axis=2),
+        axis=2,
+    )
     index = body.Add(body.Mul(block, body.integer(size)), inside)
-    return body.Squeeze(index, last), body.ReduceMax(maxima, last, keepdims=1)
+    return index, *(body.ReduceMax(values, body.integers(-1), keepdims=1) for values in (maxima, others))
 
 
-def _candidate(body: FunctionBody, blocks: Value, uniform: Value, size: int) -> tuple[Value, Value]:
-    """Inverse CDF over weights `[R, S, blocks, size]`: index `[R, S]` and the weights' total `[R, S, 1]`.
+def _open(body: FunctionBody, lead: Value, uniform: Value) -> Value:
+    """Places of the open positions among all `R * S`, `[n, 1]`, by the largest logit's lead `[R, S, 1]`."""
+    close = body.LessOrEqual(lead, body.number(CERTAIN))
+    lowest = body.LessOrEqual(uniform, body.number(SMALLEST_UNIFORM))
+    return body.Transpose(body.NonZero(body.Reshape(body.Or(close, lowest), body.integers(-1))), perm=[1, 0])
+
+
+def _flat(body: FunctionBody, x: Value) -> Value:
+    """`[R, S, W]` as `[R * S, W]`."""
+    return body.Reshape(x, body.Concat(body.integers(-1), body.dimension(x, 2), axis=0))
+
+
+def _picked(body: FunctionBody, x: Value, places: Value) -> Value:
+    """The rows of `[R, S, W]` at `places`, `[n, W]`."""
+    return body.GatherND(_flat(body, x), places)
+
+
+def _replaced(body: FunctionBody, x: Value, places: Value, rows: Value) -> Value:
+    """`x`, `[R, S, W]`, with `rows`, `[n, W]`, at `places`."""
+    return body.Reshape(body.ScatterND(_flat(body, x), places, rows), body.Shape(x))
+
+
+def _drawn(
+    body: FunctionBody, shifted: Value, uniform: Value, embedding: Value, vocab_size: int
+) -> tuple[Value, Value, Value]:
+    """Candidate `[n, 1]`, entropy `[n, 1]` and expected embedding `[n, H]` of logits less their largest, `[n, V]`.
+
+    Softmax weights stay unnormalised: sums of `exp(shifted)` over blocks of the vocabulary give their total and the
+    cumulative distribution at block borders, so that the candidate's draw looks closely at one block.
+    """
+    weights = body.Exp(shifted)
+    candidates, total = _candidate(body, weights, uniform, vocab_size)
+    energy = body.ReduceSum(body.Mul(weights, shifted), body.integers(-1), keepdims=1)
+    entropies = body.Sub(body.Log(total), body.Div(energy, total))
+    expected = body.MatMul(body.CastLike(weights, embedding), embedding)
+    return candidates, entropies, body.CastLike(body.Div(body.Cast(expected, to=ir.DataType.FLOAT), total), embedding)
+
+
+def _candidate(body: FunctionBody, weights: Value, uniform: Value, vocab_size: int) -> tuple[Value, Value]:
+    """Inverse CDF over weights `[n, V]` at `uniform`, `[n, 1]`: index and the weights' total, `[n, 1]` each.
 
     First the block in which the cumulative sum passes the threshold, then the token in the block.
     """
-    last = body.integers(-1)
-    sums = body.ReduceSum(blocks, last, keepdims=0)
-    cumulative = body.CumSum(sums, body.integer(-1))
-    total = body.Gather(cumulative, body.integers(-1), axis=-1)
-    threshold = _below(body, body.Mul(body.Unsqueeze(uniform, last), total), total)
+    last, size = body.integers(-1), block_size(vocab_size)
+    blocks = body.Reshape(weights, body.integers(-1, vocab_size // size, size))
+    cumulative = body.CumSum(body.ReduceSum(blocks, last, keepdims=0), body.integer(-1))
+    total = body.Gather(cumulative, last, axis=-1)
+    threshold = _below(body, body.Mul(uniform, total), total)
     block, before = _first_above(body, cumulative, threshold)
     base = body.ReduceMax(body.Where(before, cumulative, body.number(0.0)), last, keepdims=1)
-    chosen = body.CumSum(body.GatherND(blocks, block, batch_dims=2), body.integer(-1))
-    end = body.Gather(chosen, body.integers(-1), axis=-1)
+    chosen = body.CumSum(body.GatherND(blocks, block, batch_dims=1), body.integer(-1))
+    end = body.Gather(chosen, last, axis=-1)
     inside, _ = _first_above(body, chosen, _below(body, body.Sub(threshold, base), end))
-    return body.Squeeze(body.Add(body.Mul(block, body.integer(size)), inside), last), total
+    return body.Add(body.Mul(block, body.integer(size)), inside), total
 
 
 def _below(body: FunctionBody, threshold: Value, total: Value) -> Value:
@@ -123,6 +180,6 @@ def _below(body: FunctionBody, threshold: Value, total: Value) -> Value:
 
 
 def _first_above(body: FunctionBody, cumulative: Value, threshold: Value) -> tuple[Value, Value]:
-    """Index `[R, S, 1]` of the first value above the threshold, and where the values lie before it."""
+    """Index `[n, 1]` of the first value above the threshold, and where the values lie before it."""
     before = body.LessOrEqual(cumulative, threshold)
     return body.ReduceSum(body.Cast(before, to=ir.DataType.INT64), body.integers(-1), keepdims=1), before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from plugins_trt.canvas_attention.onnx import function
 from plugins_trt.canvas_attention.reference import canvas_attention
@@ -19,11 +20,7 @@ NAMES = (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.catches)
 def test_attention(case: Rows) -> None:
     inputs = arguments(case)
-    attributes = {
-        "grouped_query": [0, 0, case.kv_heads, case.heads // case.kv_heads, case.head_dim],
-        "joined_pages": [0, -1, case.kv_heads, case.head_dim],
-    }
-    session = OperationSession(function(), dict(zip(NAMES, inputs, strict=True)), [(torch.float32, 4)], attributes)
+    session = _session(case, inputs)
     (attended,) = session(*inputs)
     wide = [argument.double() if argument.is_floating_point() else argument for argument in inputs]
     true = canvas_attention(*wide)
@@ -41,14 +38,15 @@ def test_pages_beyond_the_prefix_do_not_matter() -> None:
     """A page table may name any page behind the prefix, and its slots may hold another request's K/V."""
     case = CASES[0]
     inputs = arguments(case)
-    session = OperationSession(
-        function(),
-        dict(zip(NAMES, inputs, strict=True)),
-        [(torch.float32, 4)],
-        {"grouped_query": [0, 0, 2, 2, 6], "joined_pages": [0, -1, 2, 6]},
-    )
+    session = _session(case, inputs)
     (before,) = session(*inputs)
     table = inputs[5].clone()
     table[:, 3:] = 7
     (after,) = session(*inputs[:5], table, *inputs[6:])
     assert torch.equal(before, after)
+
+
+def _session(case: Rows, inputs: list[Tensor]) -> OperationSession:
+    joined_pages = [0, -1, case.kv_heads * case.head_dim]
+    attributes = {"heads": case.heads, "kv_heads": case.kv_heads, "joined_pages": joined_pages}
+    return OperationSession(function(), dict(zip(NAMES, inputs, strict=True)), [(torch.float32, 4)], attributes)

@@ -89,7 +89,7 @@ CASES = [
 def test_feed_forward(case: Experts, body: ExpertBody) -> None:
     arguments = _arguments(case)
     session = OperationSession(
-        ffn_function(case.experts, case.top_k, body),
+        ffn_function(case.experts, body),
         dict(zip(("x", "expert_ids", "expert_weights", "gate_up", "down"), arguments, strict=True)),
         [(torch.float32, 2)],
         {},

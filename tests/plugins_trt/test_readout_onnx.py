@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,10 @@ def run(case: Canvas, inputs: list[Tensor]) -> list[Tensor]:
     return session(*inputs)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.catches)
+MIXED = Canvas("certain positions beside open ones, in both rows", positions=40, spread=12.0, temperature=0.1)
+
+
+@pytest.mark.parametrize("case", [*CASES, MIXED], ids=lambda case: case.catches)
 def test_readout(case: Canvas) -> None:
     inputs = arguments(case)
     got_argmax, got_candidates, got_entropy, got_soft = run(case, inputs)
@@ -38,6 +42,8 @@ def test_readout(case: Canvas) -> None:
     hidden, embedding = inputs[0], inputs[1]
     products = (hidden.abs() @ embedding.abs().T).max().item() if case.rows else 0.0
     logit = EPS * ((case.hidden + 2) * products + 4 * SOFTCAP) / case.temperature
+    if case is MIXED:
+        assert {True, False} == set((got_entropy == 0).flatten().tolist())
     assert torch.equal(got_argmax, argmax)
     assert torch.equal(got_candidates, candidates)
     torch.testing.assert_close(got_soft.double(), soft, rtol=0, atol=_soft_bound(case, inputs, logit))
@@ -73,6 +79,38 @@ def test_the_guard_blocks_position_0_alone() -> None:
     assert bool(torch.isfinite(entropy).all())
     assert (argmax[0, 1:] == 7).all()
     assert (argmax[1] == 7).all(), "row 1 is not guarded"
+
+
+@pytest.mark.parametrize("second", [8, 52])
+def test_a_tie_is_not_certain(second: int) -> None:
+    """Two tokens share all positions, within a block of 6 or in two of them, and the others are hundreds of nats away:
+    the lead of the first over the second is 0, not the distance to the rest."""
+    case = replace(CASES[0], temperature=0.05, guarded=())
+    inputs = arguments(case)
+    inputs[1] = torch.eye(case.vocabulary, case.hidden) - 0.5
+    inputs[1][second] = inputs[1][7] = torch.linspace(-1, 1, case.hidden)
+    inputs[0] = 10 * inputs[1][7].expand_as(inputs[0]).contiguous()
+    inputs[3] = torch.tensor([0.25, 0.75]).repeat(case.rows * case.positions)[: inputs[3].numel()].view_as(inputs[3])
+    argmax, candidates, entropy, soft = run(case, inputs)
+    assert (argmax == 7).all()
+    assert set(candidates.flatten().tolist()) == {7, second}
+    torch.testing.assert_close(entropy, torch.full_like(entropy, math.log(2)), rtol=0, atol=4 * EPS)
+    torch.testing.assert_close(soft, (inputs[1][7] * case.hidden**0.5).expand_as(soft), rtol=4 * EPS, atol=0)
+
+
+def test_a_uniform_number_of_0_draws_the_first_possible_token() -> None:
+    """Also where another token is certain: what `reference.canvas_readout` says of it."""
+    case = replace(CASES[0], temperature=0.3, guarded=())
+    inputs = arguments(case)
+    inputs[1] = torch.zeros_like(inputs[1])
+    inputs[1][7] = 1.0
+    inputs[0] = torch.full_like(inputs[0], 20 / case.hidden)  # leads by 30 tanh(20 / 30) / 0.3 = 58 nats
+    inputs[3] = torch.zeros_like(inputs[3])
+    inputs[3][:, 1] = 2.0**-24
+    argmax, candidates, _, _ = run(case, inputs)
+    assert (argmax == 7).all()
+    assert torch.equal(candidates, canvas_readout(*inputs, SOFTCAP, 4.0)[1])
+    assert candidates[0].tolist() == [0, 7, 0, 0, 0]
 
 
 def test_candidates_follow_the_distribution() -> None:
