@@ -1,24 +1,26 @@
 """The way in: from a call to its running generation, past everything that may have to say no.
 
 A call is refused while the server drains, its prompt where too many are being tokenised, its generation where its
-client's limits are reached, the queue is full or its deadline has passed. The first of them that says no ends the call
-with its status; what was taken on is given back however the call ends.
+client's limits are reached, the queue is full or its deadline cannot be met. The first of them that says no ends the
+call with its status; what was taken on is given back however the call ends.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass
 from typing import TypeVar
 
-from runtime.errors import DeadlineTooShort
-from runtime.events import Committed, Event
+from runtime.errors import DeadlineTooShort, ReaderTooSlow
+from runtime.events import Committed, Event, Finished, Usage
+from runtime.request import SamplingParameters
 from runtime.runner import Handle
 from service.authentication import CALLER
 from service.calls import Calls
 from service.mailbox import Mailbox
+from service.pace import Pace
 from service.prompt_threads import PromptThreads
 from service.quota import Account, Quotas
 from service.served import Order, Served
@@ -26,13 +28,19 @@ from service.served import Order, Served
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+READER_PATIENCE = 300.0
+"""Seconds that a generation waits, without memory of the engine, for a client that has stopped reading."""
+
+
 class Running:
     """A generation that was submitted."""
 
-    mailbox: Mailbox
-    handle: Handle
-    account: Account
+    def __init__(self, mailbox: Mailbox, handle: Handle, account: Account) -> None:
+        self.handle, self.usage = handle, None
+        self._mailbox, self._account = mailbox, account
+
+    usage: Usage | None
+    """Once it has ended well."""
 
     async def next(self) -> Event:
         """Its next event; a block's tokens are then spent.
@@ -40,9 +48,11 @@ class Running:
         Raises:
             DgemmaError: the error that ended it.
         """
-        event = await self.mailbox.get()
+        event = await self._mailbox.get()
         if isinstance(event, Committed):
-            self.account.spend(len(event.token_ids))
+            self._account.spend(len(event.token_ids))
+        if isinstance(event, Finished):
+            self.usage = event.usage
         return event
 
 
@@ -51,6 +61,7 @@ class Intake:
 
     def __init__(self, served: Served, calls: Calls, threads: PromptThreads, quotas: Quotas) -> None:
         self.served, self._calls, self._threads, self._quotas = served, calls, threads, quotas
+        self._pace = Pace()
 
     def enter(self, on_drain: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         """Be an open call inside the block; see `Calls.enter`."""
@@ -75,20 +86,42 @@ class Intake:
         Raises:
             ClientLimitReached, QueueFull, Draining, DeadlineTooShort, InvalidRequest: it cannot be run.
         """
-        with self._quotas.generation(CALLER.get().name) as account:
+        request = order.request
+        client = CALLER.get().name
+        with self._quotas.generation(client) as account:
+            deadline = self._deadline(request.sampling, time_remaining)
             mailbox = Mailbox(order.draft_interval)
-            handle = self.served.runner.submit(order.request, mailbox, _deadline(time_remaining))
-            account.spend(len(order.request.prompt_ids))
+            handle = self.served.runner.submit(request, mailbox, deadline, client=client)
+            mailbox.wake = handle.wake
+            account.spend(len(request.prompt_ids))
+            running = Running(mailbox, handle, account)
+            self._pace.began(time.monotonic())
+            patience = asyncio.create_task(_watch(mailbox, handle))
             try:
-                yield Running(mailbox, handle, account)
+                yield running
             finally:
+                patience.cancel()
                 handle.cancel()
+                self._pace.ended(time.monotonic(), running.usage)
+
+    def _deadline(self, sampling: SamplingParameters, time_remaining: float | None) -> float | None:
+        """The deadline on the monotonic clock.
+
+        Raises:
+            DeadlineTooShort: it passes before the first block could be there.
+        """
+        if time_remaining is None:
+            return None
+        least = self._pace.least_seconds(sampling, self.served.runner.load.waiting)
+        if time_remaining <= least:
+            left = f"{max(0.0, time_remaining):.2f} s are left, and a first block takes {least:.2f} s at least"
+            raise DeadlineTooShort(f"{left}; allow more time")
+        return time.monotonic() + time_remaining
 
 
-def _deadline(time_remaining: float | None) -> float | None:
-    """The deadline on the monotonic clock."""
-    if time_remaining is None:
-        return None
-    if time_remaining <= 0:
-        raise DeadlineTooShort("the deadline passed before the request could be queued; set a later one")
-    return time.monotonic() + time_remaining
+async def _watch(mailbox: Mailbox, handle: Handle) -> None:
+    """End a generation whose reader has lost interest."""
+    while (idle := mailbox.seconds_parked) < READER_PATIENCE:  # noqa: ASYNC110  time passes without a word
+        await asyncio.sleep(READER_PATIENCE - idle)
+    mailbox.put(ReaderTooSlow(f"nothing was read for {idle:.0f} s; resume from the blocks that came"))
+    handle.cancel()

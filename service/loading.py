@@ -9,6 +9,7 @@ from pathlib import Path
 
 from runtime.bundle import Bundle
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
+from runtime.engines.protocol import Engine
 from runtime.errors import BundleError, DgemmaError
 from runtime.events import Event, Finished
 from runtime.generation import Generation
@@ -27,7 +28,7 @@ class Settings:
 
     bundle: Path
     threads: int
-    """Of the engine; 0: one a physical core."""
+    """Of the onnxruntime engine; 0: one a physical core."""
     max_active: int
     """Requests that share the engine."""
     max_waiting: int
@@ -36,6 +37,10 @@ class Settings:
     """Seconds between two drafts at least, whatever a request asks for."""
     verify_checksums: bool = True
     """Whether the bundle's files are compared with its manifest first."""
+    engine: str = "onnxruntime"
+    """`onnxruntime` or `torch`."""
+    device: str = "cuda"
+    """Of the torch engine."""
 
 
 def load(settings: Settings) -> Served:
@@ -50,15 +55,21 @@ def load(settings: Settings) -> Served:
     manifest = bundle.manifest
     vocabulary = Vocabulary.load(bundle)
     prompts = PromptBuilder(bundle, vocabulary)
-    engine = OnnxRuntimeEngine.load(bundle, Options(threads=settings.threads, canvas_slots=settings.max_active))
-    generations = partial(Generation, facts=manifest.model, defaults=manifest.generation, vocabulary=vocabulary)
+    engine, engine_name = _load_engine(bundle, settings)
+    generations = partial(
+        Generation,
+        facts=manifest.model,
+        defaults=manifest.generation,
+        vocabulary=vocabulary,
+        chunk=engine.pool.encode_chunk,
+    )
     runner = Runner(engine, generations, limits=Limits(settings.max_active, settings.max_waiting))
     runner.start()
     served = Served(
         facts=manifest.model,
         defaults=manifest.generation,
         precision=manifest.precision,
-        engine="onnxruntime-cpu",
+        engine=engine_name,
         prompts=prompts,
         runner=runner,
         min_draft_interval=settings.min_draft_interval,
@@ -70,6 +81,20 @@ def load(settings: Settings) -> Served:
         runner.close()
         raise
     return served
+
+
+def _load_engine(bundle: Bundle, settings: Settings) -> tuple[Engine, str]:
+    """The engine, and what clients are told of it."""
+    if settings.engine == "onnxruntime":
+        options = Options(threads=settings.threads, canvas_slots=settings.max_active)
+        return OnnxRuntimeEngine.load(bundle, options), "onnxruntime-cpu"
+    try:
+        # Imported here: a server of the other engine needs no PyTorch.
+        from runtime.engines import torch
+    except ImportError as error:
+        raise BundleError(f"the torch engine needs PyTorch ({error}); install dgemma[torch]") from error
+    engine = torch.TorchEngine.load(bundle, torch.Options.serving(settings.device, settings.max_active))
+    return engine, f"torch-{settings.device}"
 
 
 class _Ending:

@@ -1,8 +1,8 @@
 """From the engine's thread to the handler of a call: events wait here until the client has room for them.
 
-Drafts are replaced by newer ones and die with their block's commit; everything else is kept, in order. So the mailbox
-is bounded: one draft, and the commits of one answer, whose length its request limits. A client that reads slowly
-therefore never holds up the engine, and what it reads next is never an old draft.
+Drafts are replaced by newer ones and die with their block's commit; everything else is kept, in order. A client that
+reads slowly therefore never holds up the engine, and what it reads next is never an old draft. Commits that nobody has
+read yet are bounded: beyond the bound the generation is parked until the client has caught up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from contextlib import suppress
 
 from runtime.errors import DgemmaError
 from runtime.events import Draft, Event
+
+MAX_UNREAD = 32
+"""Events that may wait before their generation has to: 8,192 tokens in blocks of 256, more than anybody is behind."""
 
 
 class Mailbox:
@@ -35,6 +38,9 @@ class Mailbox:
         self._kept: deque[Event | DgemmaError] = deque()
         self._draft: Draft | None = None
         self._last_draft = float("-inf")
+        self._parked_since: float | None = None
+        self.wake: Callable[[], None] = lambda: None
+        """Called when `ready` has turned true."""
 
     def put(self, outcome: Event | DgemmaError) -> None:
         """Leave an event, or the error that ends the generation; never blocks, never raises."""
@@ -52,8 +58,18 @@ class Mailbox:
         return self._interval is not None and self._clock() - self._last_draft >= self._interval
 
     def ready(self) -> bool:
-        """Always: a generation that runs to its end gives its pages back sooner than one parked for a slow reader."""
-        return True
+        """Whether there is room for another block; if not the generation is parked until `wake` is called."""
+        with self._lock:
+            full = len(self._kept) >= MAX_UNREAD
+            if full and self._parked_since is None:
+                self._parked_since = self._clock()
+        return not full
+
+    @property
+    def seconds_parked(self) -> float:
+        """How long nothing has been read while there was no room; 0 where there is."""
+        with self._lock:
+            return 0.0 if self._parked_since is None else self._clock() - self._parked_since
 
     @property
     def unread(self) -> int:
@@ -72,7 +88,10 @@ class Mailbox:
                 outcome = self._kept.popleft() if self._kept else self._draft
                 if isinstance(outcome, Draft):
                     self._draft = None
+                parked, self._parked_since = self._parked_since is not None, None
                 self._filled.clear()
+            if parked:
+                self.wake()
             if isinstance(outcome, DgemmaError):
                 raise outcome
             if outcome is not None:

@@ -38,7 +38,8 @@ def sentence_of(error: CallFailed) -> str:
         return "\n".join([f"the server refused the request ({error.code.name}):", *lines])
     match error.code:
         case StatusCode.UNAVAILABLE if not error.reason:
-            return f"the server cannot be reached ({error.message}); is it running, is --address right, and do both sides encrypt or neither?"
+            hint = "is it running, is --address right, and do both sides encrypt or neither?"
+            return f"the server cannot be reached ({error.message}); {hint}"
         case StatusCode.DEADLINE_EXCEEDED:
             return f"the deadline passed ({error.message}); give more time with --timeout"
         case StatusCode.UNAUTHENTICATED:

@@ -30,7 +30,20 @@ from service.cli.security import security_options, security_settings
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Threads of the engine; 0 for one a physical core.",
+    help="Threads of the onnxruntime engine; 0 for one a physical core.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["onnxruntime", "torch"]),
+    default="onnxruntime",
+    show_default=True,
+    help="What runs the model: ONNX Runtime on the CPU, or PyTorch, which needs a bundle exported with --program.",
+)
+@click.option(
+    "--device",
+    default="cuda",
+    show_default=True,
+    help="Where the torch engine runs: cuda, cuda:1, cpu.",
 )
 @click.option(
     "--max-active",
@@ -80,6 +93,8 @@ def command(
     bundle: Path,
     address: str,
     threads: int,
+    engine: str,
+    device: str,
     max_active: int,
     max_waiting: int,
     min_draft_interval: float,
@@ -99,7 +114,9 @@ def command(
     from service.loading import Settings, load
 
     logs.configure(log_level)
-    settings = Settings(bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums)
+    settings = Settings(
+        bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums, engine=engine, device=device
+    )
     if not asyncio.run(serve(address, partial(load, settings), grace, announce, security_settings(security))):
         # The engine is still being loaded, and its library aborts a process that ends in an orderly way meanwhile.
         os._exit(0)

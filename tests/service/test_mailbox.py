@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import Draining
 from runtime.events import Committed, Draft, Event
-from service.mailbox import Mailbox
+from service.mailbox import MAX_UNREAD, Mailbox
 
 
 def draft(block: int, step: int) -> Draft:
@@ -114,6 +114,28 @@ async def test_drafts_are_wanted_as_often_as_asked() -> None:
     clock.now = 0.5
     assert mailbox.wants_draft()
     assert not Mailbox(None, clock).wants_draft()
+
+
+async def test_a_full_mailbox_parks_until_it_is_read() -> None:
+    """Catches a generation that fills memory for a client that does not read, and one that is never taken up again."""
+    clock, woken = Clock(), []
+    mailbox = Mailbox(0.0, clock)
+    mailbox.wake = lambda: woken.append(clock.now)
+    for block in range(MAX_UNREAD):
+        assert mailbox.ready()
+        mailbox.put(committed(block))
+        mailbox.put(draft(block + 1, 1))
+    assert mailbox.seconds_parked == 0
+    assert not mailbox.ready()
+    clock.now = 5.0
+    assert not mailbox.ready()
+    assert mailbox.seconds_parked == 5.0
+    await mailbox.get()
+    assert woken == [5.0]
+    assert mailbox.seconds_parked == 0
+    assert mailbox.ready()
+    await mailbox.get()
+    assert woken == [5.0]  # it was not parked
 
 
 def test_putting_after_the_loop_has_ended_does_nothing() -> None:

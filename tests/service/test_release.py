@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from runtime.engines.fake import FACTS, Call
 from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry
 from runtime.scheduler import Limits
 from service.mailbox import Mailbox
-from tests.service.support import Harness, finished, reached, request, serving
+from tests.service.support import Harness, failure_of, finished, reached, request, serving, until_failure
 
 ANSWER = "an answer of several blocks, each one of thirty-two tokens, so that there is always more to come. " * 2
 PROMPT = "a prompt that is longer than two chunks of the encoder, " * 12
@@ -137,6 +138,65 @@ async def test_a_handler_blocked_by_a_slow_reader_notices(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+@pytest.fixture
+def parked(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once a generation waits for its reader, who is taken to be slow after four blocks."""
+    event = threading.Event()
+    ready = Mailbox.ready
+
+    def watched(mailbox: Mailbox) -> bool:
+        found = ready(mailbox)
+        if not found:
+            event.set()
+        return found
+
+    monkeypatch.setattr(Mailbox, "ready", watched)
+    monkeypatch.setattr("service.mailbox.MAX_UNREAD", 4)
+    return event
+
+
+VERY_LONG = "long answer " * 1200
+"""57 blocks of the wide canvas: more than the socket takes ahead."""
+ALL_OF_IT = options_pb2.GenerationOptions(max_output_token_count=15_360)
+
+
+async def test_a_slow_reader_loses_nothing_and_holds_up_nobody(tmp_path: Path, parked: threading.Event) -> None:
+    """Its generation stops for it, others go on, and when it reads again it gets every word."""
+    options: dict[str, Any] = {"facts": WIDE, "pool": WIDE_POOL, "channel_options": SMALL_WINDOWS}
+    async with serving(tmp_path, {"go": VERY_LONG}, **options) as harness:
+        call = harness.generation.Generate(request("go", drafts=True, options=ALL_OF_IT), timeout=100)
+        assert (await call.read()).HasField("started")
+        assert await asyncio.to_thread(parked.wait, 60)
+        made = harness.engine.calls["denoise"]
+        async with grpc.aio.insecure_channel(harness.address) as channel:
+            assert await finished(Harness.generation_of(channel).Generate(request("probe"), timeout=60))
+        assert harness.engine.calls["denoise"] == made + 4
+        responses = []
+        while (response := await call.read()) is not grpc.aio.EOF:
+            responses.append(response)
+        assert "".join(response.committed.text for response in responses) == VERY_LONG
+        assert responses[-1].HasField("finished")
+
+
+async def test_a_reader_that_never_comes_back_is_given_up(
+    tmp_path: Path, parked: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was committed still reaches it, should it read after all; then it is told why there is no more."""
+    monkeypatch.setattr("service.intake.READER_PATIENCE", 0.2)
+    options: dict[str, Any] = {"facts": WIDE, "pool": WIDE_POOL, "channel_options": SMALL_WINDOWS}
+    async with serving(tmp_path, {"go": VERY_LONG}, **options) as harness:
+        call = harness.generation.Generate(request("go", options=ALL_OF_IT), timeout=100)
+        handle = await harness.runner.submitted()
+        await handle.wait_cancelled()
+        assert parked.is_set()
+        assert await asyncio.to_thread(harness.runner.drain, 30)
+        responses, failure = await until_failure(call)
+    assert (failure.code, failure.reason) == (grpc.StatusCode.ABORTED, "READER_TOO_SLOW")
+    text = "".join(response.committed.text for response in responses)
+    assert VERY_LONG.startswith(text)
+    assert len(text) >= 4 * 256
+
+
 async def end_without_reading(way: Way, call: Any, channel: grpc.aio.Channel) -> None:
     if way == "cancel":
         call.cancel()
@@ -184,6 +244,19 @@ async def test_a_deadline_that_has_passed_is_refused(tmp_path: Path) -> None:
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await finished(first)
         assert harness.engine.calls["denoise"] == 4
+
+
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once(tmp_path: Path) -> None:
+    """The engine has shown that a step takes 0.3 s: two, the fewest of a block, do not fit into half a second."""
+    async with serving(tmp_path) as harness:
+        for call in range(1, 5):
+            harness.engine.before("denoise", call, lambda: time.sleep(0.3))
+        assert await finished(harness.generation.Generate(request("hello"), timeout=60))
+        before = work_of(harness)
+        failure = await failure_of(harness.generation.Generate(request("hello"), timeout=0.5))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
+        assert work_of(harness) == before
+        assert await finished(harness.generation.Generate(request("hello"), timeout=5))
 
 
 async def test_prompts_that_are_tokenised_hold_up_no_shutdown(tmp_path: Path) -> None:
