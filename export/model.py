@@ -150,12 +150,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: _LayerView, key_pool: Tensor, value_pool: Tensor) -> tuple[Tensor, ...]:
         heads = (-1, self.head_dim)
-        query, projected = self.q_proj(x).unflatten(-1, heads), self.k_proj(x).unflatten(-1, heads)
-        value = self.v_norm(projected if self.v_proj is None else self.v_proj(x).unflatten(-1, heads))
-        query = self.operations.rotate(self.q_norm(query), view.cosine, view.sine)
-        key = self.operations.rotate(self.k_norm(projected), view.cosine, view.sine)
+        query, key = self.q_proj(x).unflatten(-1, heads), self.k_proj(x).unflatten(-1, heads)
+        value = key if self.v_proj is None else self.v_proj(x).unflatten(-1, heads)
+        query, key, value = self._normed(query, key, value, view)
         attended = self.operations.canvas_attention(query, key, value, key_pool, value_pool, *view.visibility)
         return self.o_proj(attended.flatten(2)), key, value
+
+    def _normed(self, query: Tensor, key: Tensor, value: Tensor, view: _LayerView) -> tuple[Tensor, Tensor, Tensor]:
+        turn = view.cosine, view.sine
+        if self.operations.head_norm is not None:
+            weights = self.q_norm.weight, self.k_norm.weight
+            return self.operations.head_norm(query, key, value, *weights, *turn, self.q_norm.eps)
+        rotate = self.operations.rotate
+        return rotate(self.q_norm(query), *turn), rotate(self.k_norm(key), *turn), self.v_norm(value)
 
 
 class Router(nn.Module):

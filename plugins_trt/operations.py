@@ -27,6 +27,8 @@ class Operations:
     linear_fp8: Callable[..., Tensor] = linear_fp8
     expert_ffn_fp8: Callable[..., Tensor] = expert_ffn_fp8
     expert_ffn_int4: Callable[..., Tensor] = expert_ffn_int4
+    head_norm: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+    """None leaves the norms of the heads to the model and their rotation to `rotate`."""
 
 
 REFERENCE = Operations(expert_routing, expert_ffn, canvas_attention, canvas_readout)

@@ -28,6 +28,8 @@ class _Registration:
     """Its name, and the arguments of the functions of that name in `reference.py` and `kernel.py`."""
     results: Callable[..., Any]
     """Empty results in the shapes that arguments of these shapes lead to."""
+    contiguous: bool = True
+    """Whether the kernel wants its tensors contiguous."""
 
     @property
     def name(self) -> str:
@@ -39,8 +41,10 @@ class _Registration:
         return tuple(map(Tensor.contiguous, result)) if isinstance(result, tuple) else result.contiguous()
 
     def run_kernel(self, *arguments: Any) -> Any:
-        """The GPU's face; it reads contiguous tensors."""
-        return self._face("kernel")(*(each.contiguous() if isinstance(each, Tensor) else each for each in arguments))
+        """The GPU's face."""
+        if self.contiguous:
+            arguments = tuple(each.contiguous() if isinstance(each, Tensor) else each for each in arguments)
+        return self._face("kernel")(*arguments)
 
     def _face(self, room: str) -> Callable[..., Any]:
         face: Callable[..., Any] = getattr(importlib.import_module(f"plugins_trt.{self.folder}.{room}"), self.name)
@@ -61,6 +65,10 @@ def _readout(hidden: Tensor, embedding: Tensor, *_: Any) -> tuple[Tensor, Tensor
     ids = [hidden.new_empty(positions, dtype=torch.int64) for _ in range(2)]
     entropy = hidden.new_empty(positions, dtype=torch.promote_types(hidden.dtype, torch.float32))
     return ids[0], ids[1], entropy, hidden.new_empty(hidden.shape, dtype=embedding.dtype)
+
+
+def _normed_heads(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_first(query), _like_first(key), _like_first(value)
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -90,9 +98,17 @@ _REGISTRATIONS = (
         "Tensor guarded_ids, float softcap, float embedding_scale) -> (Tensor, Tensor, Tensor, Tensor)",
         _readout,
     ),
+    _Registration(
+        "head_norm",
+        "head_norm(Tensor query, Tensor key, Tensor value, Tensor query_weight, Tensor key_weight, Tensor cosine, "
+        "Tensor sine, float eps) -> (Tensor, Tensor, Tensor)",
+        _normed_heads,
+        contiguous=False,
+    ),
     _Registration("quantized_linear", "linear_fp8(Tensor x, Tensor weight, Tensor scale) -> Tensor", _product),
 )
 
+_BY_NAME = {registration.name: registration for registration in _REGISTRATIONS}
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 
 
@@ -106,6 +122,10 @@ def _register(registration: _Registration) -> Callable[..., Any]:
     return operation
 
 
-_OPERATIONS = {registration.name: _register(registration) for registration in _REGISTRATIONS}
-REGISTERED = Operations(**_OPERATIONS)
+REGISTERED = Operations(**{name: _register(registration) for name, registration in _BY_NAME.items()})
 """What a model is written against to be exported as a program."""
+
+
+def reference(name: str) -> Callable[..., Any]:
+    """An operation's reference for any device: slow on a GPU, for comparing."""
+    return _BY_NAME[name].run_reference

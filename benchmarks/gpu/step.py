@@ -57,6 +57,7 @@ class Bench:
             encode_chunk=arguments.chunk,
             compiler=None if arguments.eager else "inductor",
             graphs=not arguments.no_graphs,
+            beside=not arguments.no_beside,
             rewrites=Rewrites(merge_products=not arguments.no_merge),
         )
         model = self._timed("export", lambda: released_model(self.config, self.precision, torch.device("cuda")))
@@ -228,6 +229,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-merge", action="store_true", help="leave q, k, v and gate, up apart")
+    parser.add_argument("--no-beside", action="store_true", help="one stream")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser.parse_args()
 

@@ -12,8 +12,8 @@ full independence at the price of reading the weights for every row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,15 @@ from torch.export import ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
 
 from runtime.bundle import STEP_PROGRAM, WEIGHTS, Bundle, LayerFacts, ModelFacts, ProgramRecord
-from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
+from runtime.engines.protocol import (
+    ENCODE_CHUNK,
+    DenoiseRow,
+    EncodeRow,
+    EngineOutOfMemory,
+    PoolGeometry,
+    Prefix,
+    Readout,
+)
 from runtime.engines.torch_calls import Buffer, Call, read
 from runtime.engines.torch_program import Fill, Rewrites, Steps, bind
 from runtime.engines.torch_regions import compile_regions
@@ -50,7 +58,7 @@ class Options:
     positions: int | None = None
     """Positions that the full layers hold over all requests; None: as many as one sequence may span, at least 4096 a
     slot."""
-    encode_chunk: int = 256
+    encode_chunk: int = ENCODE_CHUNK
     """Most tokens of an encode row: a prompt is done sooner with longer ones and open canvases wait longer."""
     batch: int = 16
     """Most rows of one call on a GPU, a power of two; on the CPU rows run one by one."""
@@ -58,14 +66,33 @@ class Options:
     """Backend of `torch.compile`; None runs the graph node by node."""
     graphs: bool = True
     """Capture CUDA graphs."""
+    beside: bool = True
+    """Run the dense feed-forward beside the experts on a GPU."""
     rewrites: Rewrites = field(default_factory=Rewrites)
+
+    @classmethod
+    def serving(cls, device: str, canvas_slots: int) -> Options:
+        """What serves on this device: on a GPU longer prompt chunks, which it needs to be busy, and compiled."""
+        if torch.device(device).type == "cpu":
+            return cls(device, canvas_slots=canvas_slots, compiler=None)
+        return cls(device, canvas_slots=canvas_slots, encode_chunk=2048)
 
     def geometry(self, facts: ModelFacts) -> PoolGeometry:
         """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""
         positions = self.positions or max(facts.max_position, 4096 * self.canvas_slots)
         window = facts.sliding_window - 1 + max(facts.canvas_length, self.encode_chunk)
         sliding_pages = self.canvas_slots * ((window - 2) // self.page_size + 2)
-        return PoolGeometry(self.page_size, sliding_pages, -(-positions // self.page_size), self.canvas_slots)
+        cpu = torch.device(self.device).type == "cpu"
+        return PoolGeometry(
+            page_size=self.page_size,
+            sliding_pages=sliding_pages,
+            full_pages=-(-positions // self.page_size),
+            canvas_slots=self.canvas_slots,
+            rows_per_call=1 if cpu else self.batch,
+            encode_chunk=self.encode_chunk,
+            # Bits depend on a GPU call's other rows anyway.
+            prefix_step=None if cpu else self.page_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -124,15 +151,15 @@ class TorchEngine:
     @torch.no_grad()
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         """Encode the rows and write their K/V into the pool, one row after the other."""
-        with self._on_device():
+        with self._on_device(), _memory_errors():
             for row in rows:
                 self._encode(row)
 
     @torch.no_grad()
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
         """One denoising step of each canvas; rows share calls on a GPU."""
-        most, readouts = self._options.batch if self._cuda else 1, []
-        with self._on_device():
+        most, readouts = self.pool.rows_per_call, []
+        with self._on_device(), _memory_errors():
             for first in range(0, len(rows), most):
                 readouts += self._denoise(rows[first : first + most])
         return readouts
@@ -167,9 +194,11 @@ class TorchEngine:
             compiler = self._options.compiler
             return module if compiler is None else torch.compile(module, backend=compiler)
 
+        beside = self._cuda and self._options.beside
+        aside = torch.cuda.Stream(self._device) if beside else None  # type: ignore[no-untyped-call]
         # Calls of one canvas have compiled code of their own, for their exact sizes; the others share one for any.
         self._steps = {
-            (kind, alone): compile_regions(step, compiled)
+            (kind, alone): compile_regions(step, compiled, aside)
             for kind, step in (("encode", steps.encode), ("denoise", steps.denoise))
             for alone in (True, False)
         }
@@ -338,6 +367,17 @@ def _denoise_inputs(
     tables = (sliding_table, sliding_base, full_table)
     visibility = _visibility((oldest, end, torch.zeros_like(end), end), tables)
     return {"token_ids": token_ids, "start": start, "self_conditioning": condition, **readout, **visibility}
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """What a call raises where the device's memory is too small for it; states and pool are as before it, but for
+    pages that the call was to write."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        torch.cuda.empty_cache()
+        raise EngineOutOfMemory(str(error)) from error
 
 
 def _visibility(intervals: tuple[Tensor, ...], tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:

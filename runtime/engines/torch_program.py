@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from plugins_trt import torch_operations
-from plugins_trt.operations import REFERENCE
 from runtime.bundle import ProgramRecord
 
 Fill = Callable[[str, Tensor], None]
@@ -140,7 +139,7 @@ class _Graph:
         """Call the operations' references in place of what the dispatcher would choose."""
         for node in self.graph.nodes:
             if getattr(node.target, "namespace", None) == torch_operations.NAMESPACE:
-                node.target = getattr(REFERENCE, node.target._opname)
+                node.target = torch_operations.reference(node.target._opname)
 
     def merge(self, product: Callable[..., Tensor]) -> None:
         """Merge products of one operand with several weights into one product with all of their rows."""
