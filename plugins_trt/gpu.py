@@ -21,6 +21,11 @@ class Gpu:
         """Whether a block may have 227 KB of shared memory, which the matrix units read (Hopper, Blackwell B200)."""
         return self.capability // 10 in (9, 10)
 
+    @property
+    def overlaps_kernels(self) -> bool:
+        """Whether a kernel may start while the one before it ends (programmatic dependent launch)."""
+        return self.capability >= 90
+
 
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU `device`; for other devices (Triton's interpreter, `meta`) the smallest one that the kernels support."""

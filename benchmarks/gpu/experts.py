@@ -38,7 +38,7 @@ from benchmarks.gpu.timing import copy_bandwidth, graph_seconds, matrix_rate, re
 from plugins_trt.expert_ffn.dispatch import dispatch
 from plugins_trt.expert_ffn.kernel import gated_states, weighted_parts
 from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles
-from plugins_trt.gpu import gpu_of
+from plugins_trt.gpu import Gpu, gpu_of
 
 ROTATED = 3
 """Layers whose weights are read in turn; one of them is many times the L2 cache already."""
@@ -185,6 +185,7 @@ def main() -> int:
     """Command line; 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with float32 in place of timing")
+    parser.add_argument("--apart", action="store_true", help="start no kernel before the one before it has ended")
     parser.add_argument("--table", action="store_true", help="time the table's tiles alone")
     parser.add_argument(
         "--seconds", type=float, default=60, help="time after which no more numbers of tokens are timed"
@@ -192,6 +193,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14), help="processes that compile")
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
+    if options.apart:
+        Gpu.overlaps_kernels = property(lambda _: False)  # type: ignore[method-assign, assignment]
     begin = time.monotonic()
     print(f"torch {torch.__version__}, Triton {triton.__version__}", flush=True)
     result, failed = _checked() if options.check else (_timed(options), False)

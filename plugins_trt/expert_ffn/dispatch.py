@@ -8,6 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from plugins_trt.gpu import gpu_of
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,23 @@ def dispatch(expert_ids: Tensor, experts: int, block_rows: int) -> DispatchPlan:
     chunk = min(triton.next_power_of_2(pairs), 2048)
     # Histograms of fewer bins than a warp has lanes are refused by some targets.
     bins = max(triton.next_power_of_2(experts), 32)
-    sort_pairs[(experts,)](expert_ids, block_expert, rows, pairs, blocks, experts, bins, block_rows, chunk, num_warps=8)
+    overlap = gpu_of(expert_ids.device).overlaps_kernels
+    sort_pairs[(experts,)](
+        expert_ids, block_expert, rows, pairs, blocks, experts, bins, block_rows, chunk, overlap,
+        num_warps=8, launch_pdl=overlap,
+    )  # fmt: skip
     return DispatchPlan(block_expert, rows, pairs)
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def sort_pairs(
     EXPERT_IDS, BLOCK_EXPERT, ROWS, pairs, blocks,
-    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One expert's blocks. Every program counts all pairs for itself: cheaper than a second launch."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     own = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     counts = tl.zeros([BINS], tl.int32)

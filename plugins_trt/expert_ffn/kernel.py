@@ -152,13 +152,15 @@ def mixture(
 
 def gated_states(x: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, top_k: int) -> Tensor:
     """`gelu_tanh(gate(x)) * up(x)` of every pair, `[blocks * block_rows, I]` in the plan's order."""
-    _, hidden_size, intermediate = weights.sizes
+    experts, hidden_size, intermediate = weights.sizes
     states, scale = _quantized(x, None) if weights.dynamic_activations else (x, None)
     hidden = torch.empty(plan.rows.numel(), intermediate, dtype=x.dtype, device=x.device)
+    overlap = gpu_of(x.device).overlaps_kernels
     gate_up_product[(plan.blocks * weight_tiles(intermediate, product),)](
         states, scale, plan.rows, plan.block_expert, _stored(weights.gate_up, weights), weights.gate_up_scale, hidden,
-        plan.pairs, hidden_size, intermediate, top_k, weights.encoding,
-        plan.rows.shape[1], product.weight_rows, product.depth, num_warps=product.warps, num_stages=product.stages,
+        plan.pairs, experts, hidden_size, intermediate, top_k, weights.encoding,
+        plan.rows.shape[1], product.weight_rows, product.depth, overlap,
+        num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
     )  # fmt: skip
     return hidden
 
@@ -170,10 +172,12 @@ def weighted_parts(
     _, hidden_size, intermediate = weights.sizes
     states, scale = _quantized(hidden, plan) if weights.dynamic_activations else (hidden, None)
     parts = torch.empty(plan.pairs, hidden_size, dtype=hidden.dtype, device=hidden.device)
+    overlap = gpu_of(hidden.device).overlaps_kernels
     down_product[(plan.blocks * weight_tiles(hidden_size, product),)](
         states, scale, plan.rows, plan.block_expert, _stored(weights.down, weights), weights.down_scale,
         expert_weights, parts, plan.pairs, hidden_size, intermediate, weights.encoding,
-        plan.rows.shape[1], product.weight_rows, product.depth, num_warps=product.warps, num_stages=product.stages,
+        plan.rows.shape[1], product.weight_rows, product.depth, overlap,
+        num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
     )  # fmt: skip
     return parts
 
@@ -183,7 +187,10 @@ def sum_of_parts(parts: Tensor, top_k: int) -> Tensor:
     tokens, hidden_size = parts.shape[0] // top_k, parts.shape[1]
     output = torch.empty(tokens, hidden_size, dtype=parts.dtype, device=parts.device)
     width = min(triton.next_power_of_2(hidden_size), 1024)
-    sum_parts[(tokens, triton.cdiv(hidden_size, width))](parts, output, hidden_size, top_k, width, num_warps=4)
+    overlap = gpu_of(parts.device).overlaps_kernels
+    sum_parts[(tokens, triton.cdiv(hidden_size, width))](
+        parts, output, hidden_size, top_k, width, overlap, num_warps=4, launch_pdl=overlap
+    )
     return output
 
 
@@ -197,8 +204,9 @@ def _quantized(states: Tensor, plan: DispatchPlan | None) -> tuple[Tensor, Tenso
     rows, size = states.shape
     codes = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=states.device)
     scale = torch.empty(rows, dtype=torch.float32, device=states.device)
+    overlap = gpu_of(states.device).overlaps_kernels
     quantize_rows[(rows,)](
         states, codes, scale, plan.rows if plan else None, plan.pairs if plan else 0,
-        size, triton.next_power_of_2(size), num_warps=4,
+        size, triton.next_power_of_2(size), overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return codes, scale

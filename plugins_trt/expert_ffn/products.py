@@ -5,6 +5,9 @@ weights are the left operand, for the matrix units want 64 rows there and an exp
 Programs of one block follow each other, so that an expert's weights are read in one stream, and blocks of one expert
 find them in the L2 cache.
 
+Where the GPU can (`OVERLAP`, sm_90 on) a kernel starts while the one before it ends: it asks for the weights that its
+first programs need, waits for the other's results, and lets the next one start as soon as all its own programs have.
+
 Padding rows of a block repeat the last pair: they cost no mask in the loop, and nothing stores them. Columns of a
 product never mix, so a token's result does not depend on what else is in its block.
 """
@@ -13,8 +16,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, GROUP, INT4, decode_e4m3, decode_int4, round_to_e4m3
+
+FETCHED_AHEAD = tl.constexpr(32768)
+"""Bytes of its weights that a program asks for before it waits: 132 multiprocessors of two programs ask for 8 MB, about
+what memory delivers while a kernel starts."""
+
+FIRST_PROGRAMS = tl.constexpr(512)
+"""Programs that may run before a kernel's first ones end; later ones never wait."""
+
+
+@triton.jit
+def fetch_ahead(start, BYTES: tl.constexpr):
+    """Ask for the `BYTES` from pointer `start` on, in lines of the L2 cache."""
+    line = start.to(tl.int64) + tl.arange(0, BYTES // 128) * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -83,13 +103,24 @@ def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr
 
 @triton.jit(do_not_specialize=["pairs"])
 def gate_up_product(
-    X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, pairs,
+    X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, pairs, EXPERTS: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ENCODING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`HIDDEN[row] = gelu_tanh(gate @ x) * (up @ x)` for a block of rows, in the order of the dispatch plan."""
     tiles: tl.constexpr = (INTERMEDIATE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     block = tl.program_id(0) // tiles
+    if OVERLAP:
+        if tl.program_id(0) < FIRST_PROGRAMS:
+            # The plan is not there yet; where every expert has a block, its number is the expert's.
+            row = tl.minimum(block, EXPERTS - 1).to(tl.int64) * (2 * INTERMEDIATE)
+            row += (tl.program_id(0) % tiles) * WEIGHT_ROWS
+            gate, _ = encoded_rows(GATE_UP, GATE_UP_SCALE, row, HIDDEN_SIZE, ENCODING)
+            up, _ = encoded_rows(GATE_UP, GATE_UP_SCALE, row + INTERMEDIATE, HIDDEN_SIZE, ENCODING)
+            fetch_ahead(gate, FETCHED_AHEAD // 2)
+            fetch_ahead(up, FETCHED_AHEAD // 2)
+        gdc_wait()
+        gdc_launch_dependents()
     expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
     if expert < 0:
         return
@@ -127,7 +158,7 @@ def gate_up_product(
 def down_product(
     HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, ENCODING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`PARTS[pair] = expert_weight * (down @ HIDDEN[row])` for a block of rows, in the order of the pairs."""
     tiles: tl.constexpr = (HIDDEN_SIZE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
@@ -137,6 +168,14 @@ def down_product(
         return
     row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     pair = tl.load(ROWS + row)
+    if OVERLAP:
+        # The plan is older than the kernel before this one, which waited for it before it let this one start.
+        if tl.program_id(0) < FIRST_PROGRAMS:
+            first = expert * HIDDEN_SIZE + (tl.program_id(0) % tiles) * WEIGHT_ROWS
+            start, _ = encoded_rows(DOWN, DOWN_SCALE, first, INTERMEDIATE, ENCODING)
+            fetch_ahead(start, FETCHED_AHEAD)
+        gdc_wait()
+        gdc_launch_dependents()
 
     channel = (tl.program_id(0) % tiles) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
     weight_row = expert * HIDDEN_SIZE + channel
@@ -158,8 +197,12 @@ def down_product(
 
 
 @triton.jit
-def sum_parts(PARTS, OUTPUT, HIDDEN_SIZE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+def sum_parts(
+    PARTS, OUTPUT, HIDDEN_SIZE: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, OVERLAP: tl.constexpr
+):
     """`OUTPUT[token]` is the sum of its experts' parts, always in the order of its choices."""
+    if OVERLAP:
+        gdc_wait()
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = column < HIDDEN_SIZE
     token = tl.program_id(0).to(tl.int64)
@@ -171,8 +214,11 @@ def sum_parts(PARTS, OUTPUT, HIDDEN_SIZE: tl.constexpr, TOP_K: tl.constexpr, WID
 
 
 @triton.jit(do_not_specialize=["pairs"])
-def quantize_rows(STATES, CODES, SCALE, ROWS, pairs, SIZE: tl.constexpr, PADDED: tl.constexpr):
+def quantize_rows(STATES, CODES, SCALE, ROWS, pairs, SIZE: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
     """One row to float8_e4m3fn with its own scale, absmax / 448; rows that pad a dispatch plan stay as they are."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     if ROWS is not None:  # noqa: SIM102 (known when compiled, the load is not)
         if tl.load(ROWS + row) >= pairs:

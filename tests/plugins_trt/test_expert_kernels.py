@@ -14,6 +14,7 @@ from plugins_trt.gpu import Gpu
 from tests.plugins_trt.triton_support import SHARED_MEMORY, Interpreter, compile_launch, launches_of
 
 kernel = pytest.importorskip("plugins_trt.expert_ffn.kernel", reason="Triton is not installed")
+dispatch = pytest.importorskip("plugins_trt.expert_ffn.dispatch", reason="Triton is not installed")
 tiles = pytest.importorskip("plugins_trt.expert_ffn.tiles", reason="Triton is not installed")
 
 U32 = 2.0**-24
@@ -259,7 +260,8 @@ def test_compiles(monkeypatch: pytest.MonkeyPatch, encoding: str, tokens: int, c
             matrices.append(torch.empty(shape, dtype=scales, device="meta"))
     x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device="meta")
     ids = torch.empty(tokens, top_k, dtype=torch.int64, device="meta")
-    monkeypatch.setattr(kernel, "gpu_of", lambda _: Gpu(capability, 132))
+    for module in (kernel, dispatch):
+        monkeypatch.setattr(module, "gpu_of", lambda _: Gpu(capability, 132))
     for launch in launches_of(function, x, ids, x[:, :top_k], *matrices, **options):
         if "product" in launch.kernel.__name__ or tokens == 256:
             assert compile_launch(launch, capability).asm["cubin"]
