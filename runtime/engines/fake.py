@@ -6,21 +6,23 @@ stale, missing or shared page is an `EngineMisuse` instead of a slightly differe
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.bundle import LayerFacts, ModelFacts
-from runtime.engines.protocol import DenoiseRow, EncodeRow, PoolGeometry, Prefix, Readout
+from runtime.engines.protocol import DenoiseRow, EncodeRow, EngineOutOfMemory, PoolGeometry, Prefix, Readout
 
 Answer = Callable[[tuple[int, ...]], Sequence[int]]
 """The whole answer to a prompt, as token ids without the end token."""
 Call = Literal["encode", "denoise"]
+Row = TypeVar("Row", EncodeRow, DenoiseRow)
 
 FACTS = ModelFacts(
     name="fake",
@@ -35,11 +37,30 @@ FACTS = ModelFacts(
 
 POOL = PoolGeometry(page_size=16, sliding_pages=128, full_pages=512, canvas_slots=8)
 
+REMEMBERED_ROWS = 10_000
+
 _NEVER_WRITTEN = -1
 
 
 class EngineMisuse(AssertionError):
     """The caller broke the engine's protocol: a page or slot does not hold what the row says."""
+
+
+class InjectedFault(RuntimeError):
+    """What a call raises that `Faults` chose to fail."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong, for tests of who survives it; drawn anew for every call."""
+
+    seed: int = 0
+    error_rate: float = 0.0
+    """Share of the calls that raise `InjectedFault`, with half of their rows' work done."""
+    shortage_rate: float = 0.0
+    """Share of the calls that raise `EngineOutOfMemory`."""
+    most_rows: int | None = None
+    """Calls of more rows than this raise `EngineOutOfMemory`."""
 
 
 class Gate:
@@ -98,6 +119,7 @@ class FakeEngine:
         answers: Mapping[tuple[int, ...], Sequence[int]] | None = None,
         steps: int = 3,
         end_token_id: int = 1,
+        faults: Faults | None = None,
     ) -> None:
         """Make an engine for `facts`.
 
@@ -108,15 +130,18 @@ class FakeEngine:
             answers: answers by prompt.
             steps: steps to convergence, at least 1.
             end_token_id: ends an answer.
+            faults: what goes wrong; nothing by default.
         """
         self.facts, self.pool = facts, pool
         self.calls: Counter[Call] = Counter()
         """Calls begun, by kind."""
         self.rows: list[EncodeRow | DenoiseRow] = []
-        """Every row of every call, in order."""
+        """The newest rows of all calls, in order."""
         self.closed = False
         self._answer, self._answers = answer or self._echo, dict(answers or {})
         self._steps, self._end_token_id = steps, end_token_id
+        self._faults = faults or Faults()
+        self._chance = random.Random(self._faults.seed)
         self._before: dict[tuple[Call, int], list[Callable[[], None]]] = defaultdict(list)
         self._sliding, self._full = _TokenPool(pool.sliding_pages, pool), _TokenPool(pool.full_pages, pool)
         self._canvases: dict[int, _Canvas] = {}
@@ -141,28 +166,35 @@ class FakeEngine:
 
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         """Write the rows' tokens into the pool."""
-        self._begin("encode", rows)
-        for row in rows:
+        for row in self._begin("encode", rows):
             self._prefix_tokens(row.prefix, row.start)
             self._full.write(row.prefix.full_pages, 0, row.start, row.token_ids)
             self._sliding.write(row.prefix.sliding_pages, row.prefix.sliding_base, row.start, row.token_ids)
 
     def denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
         """One step towards the scripted answer for each canvas."""
-        self._begin("denoise", rows)
-        return [self._readout(row) for row in rows]
+        return [self._readout(row) for row in self._begin("denoise", rows)]
 
     def close(self) -> None:
         """Refuse further calls."""
         self.closed = True
 
-    def _begin(self, kind: Call, rows: Sequence[EncodeRow] | Sequence[DenoiseRow]) -> None:
+    def _begin(self, kind: Call, rows: Sequence[Row]) -> Iterator[Row]:
+        """The rows one by one, as far as nothing goes wrong."""
         if self.closed:
             raise EngineMisuse(f"{kind} after close")
         self.calls[kind] += 1
         self.rows.extend(rows)
+        del self.rows[:-REMEMBERED_ROWS]
         for action in self._before.pop((kind, self.calls[kind]), ()):
             action()
+        faults = self._faults
+        if self._chance.random() < faults.shortage_rate or len(rows) > (faults.most_rows or len(rows)):
+            raise EngineOutOfMemory(f"{len(rows)} rows do not fit")
+        fails = self._chance.random() < faults.error_rate
+        yield from rows[: len(rows) // 2 if fails else len(rows)]
+        if fails:
+            raise InjectedFault(f"{kind} call {self.calls[kind]}")
 
     def _readout(self, row: DenoiseRow) -> Readout:
         prefix = self._prefix_tokens(row.prefix, row.start)

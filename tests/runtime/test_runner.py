@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from runtime.bundle import GenerationDefaults
-from runtime.engines.fake import FACTS, POOL, EngineMisuse, FakeEngine
-from runtime.engines.protocol import DenoiseRow, EncodeRow, Prefix
+from runtime.engines.fake import FACTS, POOL, EngineMisuse, FakeEngine, Faults
+from runtime.engines.protocol import DenoiseRow, EncodeRow, EngineOutOfMemory, Prefix
 from runtime.errors import (
     Cancelled,
     DeadlineTooShort,
@@ -34,6 +35,7 @@ from runtime.generation import Generation
 from runtime.request import GenerationRequest, SamplingParameters
 from runtime.runner import Outcome, Runner
 from runtime.scheduler import Limits
+from runtime.ticket import Priority
 from runtime.vocabulary import Vocabulary
 
 DEFAULTS = GenerationDefaults(
@@ -101,10 +103,13 @@ class Reader:
 
 @contextmanager
 def running(
-    engine: FakeEngine, limits: Limits | None = None, clock: Callable[[], float] | None = None
+    engine: FakeEngine,
+    limits: Limits | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    rebuild: Callable[[], FakeEngine] | None = None,
 ) -> Iterator[Runner]:
     generations = partial(Generation, facts=engine.facts, defaults=DEFAULTS, vocabulary=vocabulary())
-    runner = Runner(engine, generations, limits=limits, **({} if clock is None else {"clock": clock}))
+    runner = Runner(engine, generations, limits=limits, clock=clock, rebuild=rebuild)
     runner.start()
     try:
         yield runner
@@ -213,6 +218,239 @@ def test_an_engine_exception_ends_its_request_alone(caplog: pytest.LogCaptureFix
     assert second.outcomes.empty(), "a request went on after its fault"
     assert fault.correlation_id in caplog.text
     assert "out of bananas" in caplog.text
+
+
+def together(
+    runner: Runner, engine: FakeEngine, prompts: list[tuple[int, ...]], call: int = 1, **options: Any
+) -> list[Reader]:
+    """Submit requests so that all of them are admitted before the engine's encode call of that number is made."""
+    readers = [Reader() for _ in prompts]
+    with engine.hold("encode", call) as gate:
+        runner.submit(request(*prompts[0], **options), readers[0])
+        gate.wait_reached()
+        for prompt, reader in zip(prompts[1:], readers[1:], strict=True):
+            runner.submit(request(*prompt, **options), reader)
+    return readers
+
+
+def test_canvases_of_all_share_calls() -> None:
+    """Six requests in one call more than one of them needs alone, for the prompts of the five that came later."""
+    engine = FakeEngine()
+    with running(engine) as runner:
+        readers = together(runner, engine, [(2, 7 + i) for i in range(6)])
+        assert [reader.answer() for reader in readers] == [[7 + i] for i in range(6)]
+    assert engine.calls == {"encode": 2, "denoise": 4}
+
+
+def test_a_fault_ends_the_requests_of_its_call_and_nobody_else(caplog: pytest.LogCaptureFixture) -> None:
+    """Two rows a call: the first call holds two requests, the third waits for its turn and is spared."""
+    engine = FakeEngine()
+    engine.fail("denoise", 1, RuntimeError("out of bananas"))
+    with running(engine, Limits(max_rows=2)) as runner, caplog.at_level(logging.ERROR, "runtime.runner"):
+        readers = together(runner, engine, [(2, 7), (2, 8), (2, 9)])
+        outcomes = [reader.rest()[-1] for reader in readers]
+    faults = [outcome for outcome in outcomes if isinstance(outcome, EngineFault)]
+    assert len(faults) == 2
+    assert sum(isinstance(outcome, Finished) for outcome in outcomes) == 1
+    assert all(fault.correlation_id in caplog.text for fault in faults)
+
+
+def test_what_a_failed_call_wrote_is_not_shared() -> None:
+    """The first prompt's second chunk fails when half of its call is done; an equal prompt must not find it."""
+    engine = FakeEngine()
+    prompt = (2, *[7] * 600)
+    engine.fail("encode", 2, RuntimeError("half a page"))
+    with running(engine) as runner:
+        runner.submit(request(*prompt, tokens=640), failing := Reader())
+        assert isinstance(failing.rest()[-1], EngineFault)
+        before = len(engine.rows)
+        runner.submit(request(*prompt, tokens=640), again := Reader())
+        assert again.answer() == list(prompt[1:])
+    encodes = [row for row in engine.rows[before:] if isinstance(row, EncodeRow)]
+    assert [row.start for row in encodes[:2]] == [256, 512], "only the first chunk was whole"
+
+
+def test_equal_prompts_are_encoded_once() -> None:
+    """Those that come together, the one that comes later, and the next turn of the conversation."""
+    engine = FakeEngine()
+    prompt = (2, *range(3, 503), *range(3, 60))
+    with running(engine) as runner:
+        readers = together(runner, engine, [prompt] * 3, tokens=640)
+        assert [reader.answer() for reader in readers] == [list(prompt[1:])] * 3
+        runner.submit(request(*prompt, 9, 9, tokens=640), later := Reader())
+        assert later.answer() == [*prompt[1:], 9, 9]
+    chunks = [row.start for row in engine.rows if isinstance(row, EncodeRow) and row.start < len(prompt)]
+    assert sorted(chunks) == [0, 256, 512, 512, 512, 512]
+
+
+@pytest.mark.parametrize("most_rows", [1, 2, 3])
+def test_a_shortage_of_memory_shrinks_the_batch(most_rows: int) -> None:
+    """Nobody is lost, and later calls hold no more rows than fitted."""
+    engine = FakeEngine(faults=Faults(most_rows=most_rows))
+    with running(engine) as runner:
+        readers = together(runner, engine, [(2, 7 + i) for i in range(7)])
+        assert [reader.answer() for reader in readers] == [[7 + i] for i in range(7)]
+        tried = sum(engine.calls.values())
+        readers = together(runner, engine, [(2, 7 + i) for i in range(most_rows)], call=engine.calls["encode"] + 1)
+        assert [reader.answer() for reader in readers] == [[7 + i] for i in range(most_rows)]
+        assert sum(engine.calls.values()) - tried <= 1 + most_rows + 4 * most_rows
+
+
+def test_a_request_that_does_not_fit_alone_ends_alone() -> None:
+    engine = FakeEngine()
+    engine.fail("denoise", 1, EngineOutOfMemory("one row"))
+    with running(engine) as runner:
+        runner.submit(request(2, 7), alone := Reader())
+        assert isinstance(alone.rest()[-1], EngineFault)
+        runner.submit(request(2, 8), next_one := Reader())
+        assert next_one.answer() == [8]
+
+
+def test_an_engine_that_keeps_failing_is_built_anew_under_the_living() -> None:
+    """Two rows a call: two of six requests live through the two calls that fail, and lose their memory."""
+    first, second = FakeEngine(), FakeEngine()
+    for call in (6, 7):
+        first.fail("denoise", call, RuntimeError("dead"))
+    with running(first, Limits(max_rows=2), rebuild=lambda: second) as runner:
+        readers = together(runner, first, [(2, *range(3, 60), i) for i in range(6)])
+        outcomes = [reader.rest() for reader in readers]
+        assert first.closed
+        faults = [index for index, told in enumerate(outcomes) if isinstance(told[-1], EngineFault)]
+        assert len(faults) == 4
+        for index in set(range(6)) - set(faults):
+            assert [type(outcome) for outcome in outcomes[index]] == [Started, Committed, Committed, Finished]
+        runner.submit(request(2, *range(3, 60)), late := Reader())
+        assert late.answer() == list(range(3, 60))
+    assert second.closed
+
+
+def test_an_engine_that_cannot_be_built_anew_ends_the_runner(caplog: pytest.LogCaptureFixture) -> None:
+    """Its supervisor is to start the process again; nobody waits for ever."""
+
+    def rebuild() -> FakeEngine:
+        raise RuntimeError("no device")
+
+    engine = FakeEngine()
+    for call in (6, 7):
+        engine.fail("denoise", call, RuntimeError("dead"))
+    limits = Limits(max_rows=2)
+    with running(engine, limits, rebuild=rebuild) as runner, caplog.at_level(logging.CRITICAL, "runtime.runner"):
+        readers = together(runner, engine, [(2, *range(3, 60), i) for i in range(6)])
+        assert all(isinstance(reader.rest()[-1], EngineFault) for reader in readers)
+        runner._thread.join(TIMEOUT)
+        assert not runner.alive
+    assert "no device" in caplog.text
+
+
+def test_a_hung_call_shows() -> None:
+    engine, clock = FakeEngine(), Clock()
+    gate = engine.hold("denoise", 2)
+    with running(engine, clock=clock) as runner:
+        assert runner.stalled_for == 0.0
+        runner.submit(request(2, 7), reader := Reader())
+        gate.wait_reached()
+        clock.now += 61.0
+        assert runner.stalled_for == 61.0
+        gate.release()
+        reader.answer()
+        runner.drain(TIMEOUT)
+        assert runner.stalled_for == 0.0
+
+
+def test_who_is_parked_for_long_gives_its_memory_back_and_goes_on_where_it_was() -> None:
+    """After its first block, in the midst of the second canvas; another request has needed all the memory meanwhile."""
+    engine, clock, parked, other = FakeEngine(), Clock(), Reader(), Reader()
+    answer = list(range(3, 60))
+    parked.drafts = False
+    gate = engine.hold("denoise", 6)
+    with running(engine, Limits(max_active=1, park_seconds=10.0), clock) as runner:
+        handle = runner.submit(request(2, *answer, drafts=True), parked)
+        gate.wait_reached()
+        parked.blocked = True
+        runner.submit(request(2, 8), other)
+        gate.release()
+        assert [type(parked.next()) for _ in range(2)] == [Started, Committed]
+        while not runner.load.suspended:  # The clock runs until the engine's thread has looked at it twice.
+            clock.now += 10.5
+            handle.wake()
+        assert other.answer() == [8]
+        assert runner._scheduler._pool.idle, "a suspended request holds pages"
+        parked.blocked = False
+        handle.wake()
+        told = parked.rest()
+    assert [type(outcome) for outcome in told] == [Committed, Finished]
+    assert isinstance(told[0], Committed)
+    assert told[0].token_ids.tolist() == answer[32:]
+    assert isinstance(told[1], Finished)
+    assert told[1].usage.denoising_steps == 8, "steps that were made twice are counted once"
+
+
+@pytest.mark.parametrize("way", ["cancel", "deadline", "drain"])
+def test_a_suspended_request_can_end(way: str) -> None:
+    parked, clock = Reader(), Clock()
+    with running(FakeEngine(), Limits(park_seconds=1.0), clock) as runner:
+        parked.blocked = True
+        handle = runner.submit(request(2, 7), parked, deadline=1e9)
+        assert isinstance(parked.next(), Started)
+        while not runner.load.suspended:  # The clock runs until the engine's thread has looked at it twice.
+            clock.now += 1.5
+            handle.wake()
+        if way == "cancel":
+            handle.cancel()
+        elif way == "deadline":
+            clock.now = 1e9
+            handle.wake()
+        else:
+            runner.drain(0)
+        expected = {"cancel": Cancelled, "deadline": DeadlineTooShort, "drain": Draining}[way]
+        assert isinstance(parked.next(), expected)
+
+
+def test_batch_work_gives_way_and_goes_on() -> None:
+    """One place: who is watched gets it within one call, and the batch answer is whole in the end."""
+    engine, batch, watched = FakeEngine(), Reader(), Reader()
+    answer = list(range(3, 100))
+    gate = engine.hold("denoise", 6)
+    with running(engine, Limits(max_active=1)) as runner:
+        runner.submit(request(2, *answer, tokens=128), batch, priority=Priority.BATCH)
+        gate.wait_reached()
+        runner.submit(request(2, 8), watched)
+        gate.release()
+        assert watched.answer() == [8]
+        assert batch.answer() == answer
+    denoised = [row for row in engine.rows if isinstance(row, DenoiseRow)]
+    assert [row.start for row in denoised[6:10]] == [2] * 4, "the watched canvas came next"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(3, 9), min_size=1, max_size=300), min_size=2, max_size=8),
+    error_rate=st.sampled_from([0.0, 0.05, 0.3]),
+    shortage_rate=st.sampled_from([0.0, 0.2]),
+    seed=st.integers(0, 1000),
+    rebuild=st.booleans(),
+)
+def test_whatever_goes_wrong_everybody_is_told_and_nothing_leaks(
+    prompts: list[list[int]], error_rate: float, shortage_rate: float, seed: int, rebuild: bool
+) -> None:
+    """Prompts of few tokens, which share prefixes; the engine checks every page, `running` that none is left."""
+    engines = [
+        FakeEngine(faults=Faults(seed + number, error_rate, shortage_rate), answer=lambda prompt: prompt[1:])
+        for number in range(60)
+    ]
+    made = iter(engines)
+    with running(next(made), Limits(max_active=4), rebuild=(lambda: next(made)) if rebuild else None) as runner:
+        readers = [Reader() for _ in prompts]
+        for prompt, reader in zip(prompts, readers, strict=True):
+            runner.submit(request(2, *prompt, tokens=320), reader)
+        for prompt, reader in zip(prompts, readers, strict=True):
+            told = reader.rest()
+            answer = [int(i) for outcome in told if isinstance(outcome, Committed) for i in outcome.token_ids]
+            if isinstance(told[-1], Finished):
+                assert answer == prompt
+            else:
+                assert isinstance(told[-1], EngineFault)
+                assert answer == prompt[: len(answer)]
 
 
 def test_a_failing_sink_ends_its_request_alone(caplog: pytest.LogCaptureFixture) -> None:

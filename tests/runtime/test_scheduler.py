@@ -346,6 +346,18 @@ def test_batch_prompts_are_encoded_while_others_denoise() -> None:
     assert 2 <= sum("new" in call for call in calls) <= 4
 
 
+def test_who_is_parked_keeps_its_memory_for_a_while() -> None:
+    """From when it was found idle; a single step in between starts the time anew."""
+    desk = Desk(Limits(park_seconds=5.0))
+    parked, _ = desk.submit("parked"), desk.submit("busy")
+    desk.admit()
+    for now, need, overdue in ((1.0, None, []), (5.9, None, []), (6.0, None, [parked]), (6.1, 0, []), (10.0, None, [])):
+        desk.now = now
+        desk.scheduler.next({"parked": need, "busy": 0}.get)
+        assert desk.scheduler.overdue() == overdue, now
+    assert desk.scheduler.wake_at() == 15.0
+
+
 def test_batch_requests_give_way_and_come_back() -> None:
     """The newest first, as many as are needed; whoever gave way is next of its kind."""
     desk = Desk(Limits(max_active=3))
