@@ -69,6 +69,8 @@ class OnnxRuntimeEngine:
         # Nothing is run that the asked outputs do not need: an encode row ends with the last layer's K and V.
         self._run_options = ort.RunOptions()
         self._run_options.only_execute_path_to_fetches = True
+        # No captured graph is replayed: each run asks, and unanswered it would cost an exception, some 60 microseconds.
+        self._run_options.add_run_config_entry("gpu_graph_id", "-1")
         self._dtype = DTYPES[{value.name: value.type for value in session.get_inputs()}["k_pool_0"]]
         self._pools = {f"{kind}_pool_{i}": self._empty_pool(layer) for kind in "kv" for i, layer in self._layers()}
         self._slots = np.zeros((pool.canvas_slots, 1, self.facts.canvas_length, self.facts.hidden_size), self._dtype)
@@ -180,11 +182,12 @@ class OnnxRuntimeEngine:
         return slots[np.newaxis]
 
     def _no_readout(self, length: int) -> dict[str, Array]:
+        """What the graph wants of the one row that asks for a readout; unread where none of its outputs is asked."""
         return {
-            "readout_rows": np.zeros(0, np.int64),
-            "temperature": np.zeros(0, np.float32),
-            "uniform": np.zeros((0, length), np.float32),
-            "guard": np.zeros(0, np.bool_),
+            "readout_rows": np.zeros(1, np.int64),
+            "temperature": np.ones(1, np.float32),
+            "uniform": np.zeros((1, length), np.float32),
+            "guard": np.zeros(1, np.bool_),
             "guarded_ids": self._end_token_ids,
         }
 
@@ -222,7 +225,9 @@ def _session(bundle: Bundle, options: Options) -> ort.InferenceSession:
     pool = options.geometry(bundle.manifest.model)
     for name, size in (("sliding_pages", pool.sliding_pages), ("full_pages", pool.full_pages)):
         settings.add_free_dimension_override_by_name(name, size * pool.page_size)
-    settings.add_free_dimension_override_by_name("page_size", 1)
+    # And what is always one, one row a call among them, need not be computed with at every step.
+    for name in ("page_size", "B", "R"):
+        settings.add_free_dimension_override_by_name(name, 1)
     path = bundle.path(STEP_GRAPH)
     if STEP_GRAPH not in bundle.manifest.files:
         raise BundleError(
