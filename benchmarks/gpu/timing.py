@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -56,3 +57,26 @@ def matrix_rate() -> float:
     left, right = (torch.randn(size, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     product = torch.empty_like(left)
     return 2 * size**3 / graph_seconds([lambda: torch.mm(left, right, out=product)] * 4)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this GPU can do, to hold times against."""
+
+    read: float
+    """Bytes a second."""
+    copy: float
+    """Bytes a second, read and written ones together."""
+    matrix: float
+    """Operations a second of bf16 products."""
+
+    @staticmethod
+    def measured() -> Limits:
+        """Measures all three; 8 GB of memory, about a second."""
+        return Limits(read_bandwidth(), copy_bandwidth(), matrix_rate())
+
+    def __str__(self) -> str:
+        return (
+            f"reads {self.read / 1e12:.2f} TB/s, copies {self.copy / 1e12:.2f} TB/s, "
+            f"bf16 products {self.matrix / 1e12:.0f} TFLOP/s"
+        )

@@ -1,0 +1,136 @@
+"""Times every candidate tile of the experts' two products, each alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+
+import torch
+import triton
+
+from benchmarks.gpu.expert_layers import (
+    ENCODINGS,
+    EXPERTS,
+    INTERMEDIATE,
+    TOP_K,
+    Layer,
+    random_layer,
+    random_tokens,
+)
+from benchmarks.gpu.timing import graph_seconds
+from plugins_trt.expert_ffn.dispatch import dispatch
+from plugins_trt.expert_ffn.kernel import gated_states, weighted_parts
+from plugins_trt.expert_ffn.tiles import Product
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One product in one tile size for one encoding."""
+
+    encoding: str
+    product: str
+    block_rows: int
+    tile: Product
+
+
+_TILES = {
+    # Weight rows, depth, warps, stages, for blocks of at most so many rows; depth in columns of bfloat16.
+    32: (
+        [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 4, 5), (64, 128, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3),
+         (128, 64, 8, 4)],
+        [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 4, 5), (128, 64, 8, 4), (64, 64, 4, 5), (256, 64, 8, 3),
+         (256, 64, 8, 4)],
+    ),
+    64: (
+        [(64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 3), (128, 64, 8, 3)],
+        [(128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3)],
+    ),
+    128: (
+        [(64, 64, 4, 3), (64, 64, 8, 3), (64, 64, 8, 4), (128, 64, 8, 3)],
+        [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)],
+    ),
+    256: ([(64, 64, 8, 3)], [(128, 64, 8, 3)]),
+}  # fmt: skip
+
+BLOCK_ROWS = {256: (16, 32), 2048: (64, 128), 8192: (128, 256), 1024: (32, 64), 512: (32, 64), 4096: (128, 256)}
+"""Block sizes to try by number of tokens, the most telling numbers first."""
+
+
+def candidates(encoding: str, block_rows: int) -> list[Candidate]:
+    """Tile sizes worth a try for one block size; 8-bit and 4-bit weights are read twice as many columns at a time."""
+    deeper = 1 if encoding == "bf16" else 2
+    products = zip(
+        ("gate_up", "down"), next(tiles for most, tiles in _TILES.items() if block_rows <= most), strict=True
+    )
+    return [
+        Candidate(encoding, product, block_rows, Product(rows, depth * deeper, warps, stages))
+        for product, tiles in products
+        for rows, depth, warps, stages in tiles
+    ]
+
+
+def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float:
+    """Seconds a layer of one product."""
+    x, ids, weights = random_tokens(tokens, generator)
+    plan = dispatch(ids, EXPERTS, candidate.block_rows)
+    if candidate.product == "gate_up":
+        calls = [partial(gated_states, x, plan, layer.weights, candidate.tile, TOP_K) for layer in layers]
+    else:
+        shape = (plan.rows.numel(), INTERMEDIATE)
+        hidden = torch.randn(shape, dtype=x.dtype, device="cuda", generator=generator)
+        calls = [partial(weighted_parts, hidden, plan, layer.weights, candidate.tile, weights) for layer in layers]
+    return graph_seconds(calls)
+
+
+def compile_all(jobs: int) -> None:
+    """Fill Triton's cache with all candidates from several processes; to be called before this one touches the GPU,
+    for they are forked."""
+    sizes = sorted({rows for several in BLOCK_ROWS.values() for rows in several})
+    wanted = [one for encoding in ENCODINGS for rows in sizes for one in candidates(encoding, rows)]
+    shares = [wanted[index::jobs] for index in range(jobs)]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        list(pool.map(_compile, shares))
+
+
+def _compile(share: Sequence[Candidate]) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    for encoding in {candidate.encoding for candidate in share}:
+        layers = [random_layer(encoding, generator)]
+        for candidate in share:
+            if candidate.encoding == encoding:
+                _attempt(candidate, layers, 64, generator)
+
+
+def _attempt(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float | None:
+    """Seconds, or nothing where the tile does not fit this GPU."""
+    try:
+        return run(candidate, layers, tokens, generator)
+    except triton.runtime.errors.OutOfResources:
+        return None
+
+
+def tune(layers: Mapping[str, Sequence[Layer]], deadline: float) -> Iterator[dict[str, object]]:
+    """Times the candidates, at as many numbers of tokens as there is time for; prints the best ones."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    for tokens, block_rows in BLOCK_ROWS.items():
+        for encoding in ENCODINGS:
+            if time.monotonic() > deadline:
+                print(f"no time for {tokens} tokens in {encoding}", flush=True)
+                continue
+            wanted = [one for size in block_rows for one in candidates(encoding, size)]
+            yield from _compare(wanted, layers[encoding], tokens, generator)
+
+
+def _compare(
+    wanted: Sequence[Candidate], layers: Sequence[Layer], tokens: int, generator: torch.Generator
+) -> list[dict[str, object]]:
+    timed = [(_attempt(one, layers, tokens, generator), one) for one in wanted]
+    for product in ("gate_up", "down"):
+        best = sorted((seconds, str(one)) for seconds, one in timed if seconds and one.product == product)
+        for seconds, one in best[:4]:
+            print(f"  {tokens:5} tokens {seconds * 1e6:8.1f} us  {one}", flush=True)
+    return [{"tokens": tokens, "seconds": seconds, **asdict(one)} for seconds, one in timed]
