@@ -79,6 +79,8 @@ class Usage:
     queue_seconds: float
     prefill_seconds: float
     denoise_seconds: float
+    shared_tokens: int = 0
+    """Prompt tokens that were in the pool already, encoded for another request."""
 
 
 @dataclass(frozen=True)

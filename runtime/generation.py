@@ -69,6 +69,7 @@ class Generation:
         self._piece = self._done = self._position = 0
         """Which piece is being encoded, how many of its tokens are, and how many tokens are in all."""
         self._blocks = self._output_tokens = self._denoising_steps = 0
+        self._shared_tokens = 0
         self._queue_seconds = self._prefill_seconds = self._denoise_seconds = 0.0
         self._take_over(request.committed_ids)
         self._canvas = self._new_canvas()
@@ -127,6 +128,7 @@ class Generation:
         """The prompt's first `position` tokens are in the pool already; not less than are encoded."""
         assert self._piece == 0
         assert self._position <= position <= len(self.request.prompt_ids)
+        self._shared_tokens += position - self._position
         self._pass(position - self._position)
 
     def rewind(self) -> None:
@@ -134,7 +136,7 @@ class Generation:
 
         The answer stays the same, since the same pieces are encoded and the canvas draws the same numbers again.
         """
-        self._piece = self._done = self._position = 0
+        self._piece = self._done = self._position = self._shared_tokens = 0
         self._denoising_steps -= self._canvas.steps_made
         self._canvas = self._new_canvas()
 
@@ -224,4 +226,5 @@ class Generation:
             queue_seconds=self._queue_seconds,
             prefill_seconds=self._prefill_seconds,
             denoise_seconds=self._denoise_seconds,
+            shared_tokens=self._shared_tokens,
         )

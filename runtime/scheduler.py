@@ -28,6 +28,8 @@ T = TypeVar("T")
 
 AGED_SHARE = 4
 """One place of this many, and at least one, is for BATCH requests that have waited long."""
+SPARE_DEADLINES = 64
+"""Deadlines of requests that are done, kept before they are swept out: else each would keep its request in memory."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Scheduler(Generic[T]):
         self._drain = DrainRate()
         self._cancelled: list[Ticket[T]] = []
         self._deadlines: list[tuple[float, int, Ticket[T]]] = []
-        """A heap; tickets that are done stay in it until they come up."""
+        """A heap; a ticket that is done stays in it until it comes up or there are too many of its kind."""
         self._numbers = itertools.count()
 
     @property
@@ -193,6 +195,9 @@ class Scheduler(Generic[T]):
         elif not ticket.cancelled:
             self._line.remove(ticket)
         ticket.state = State.DONE
+        if len(self._deadlines) > 2 * (len(self._line) + len(self._active) + len(self._suspended)) + SPARE_DEADLINES:
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.DONE]
+            heapq.heapify(self._deadlines)
 
     def drop_all(self) -> list[Ticket[T]]:
         """Take out every request."""

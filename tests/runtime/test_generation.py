@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.bundle import GenerationDefaults, ModelFacts
 from runtime.engines.protocol import Readout
+from runtime.errors import InvalidRequest
 from runtime.events import Committed, Draft, Event, Finished, FinishReason, Started
 from runtime.generation import Denoise, Encode, Generation
 from runtime.random import CanvasStream
@@ -238,6 +239,111 @@ def test_usage_adds_up() -> None:
 def test_started_echoes_what_is_in_force() -> None:
     (event,) = generation(prompt_length=4).start(0.0)
     assert event == Started("tiny", SAMPLING, LENGTH, 4)
+
+
+def test_what_others_have_encoded_of_the_prompt_is_skipped() -> None:
+    """At the beginning, after a chunk, to the prompt's end."""
+    subject = generation(prompt_length=10, chunk=4)
+    subject.start(0.0)
+    assert subject.prompt_position == 0
+    subject.skip_to(4)
+    subject.encoded(0.0)
+    assert (subject.prompt_position, subject.encode_tokens) == (8, 2)
+    subject.skip_to(8)
+    assert subject.prompt_position == 8
+    subject.skip_to(10)
+    assert (subject.prompt_position, subject.encode_tokens) == (None, 0)
+    call = subject.next_call()
+    assert isinstance(call, Denoise)
+    assert call.start == 10
+    _, events = play(subject, [canvas_of(EOS)])
+    assert finish(events).usage.shared_tokens == 6
+
+
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_a_rewound_request_makes_the_same_calls_again(calls: int) -> None:
+    """Rewound after any number of calls: the same pieces are encoded, the open canvas draws the same numbers."""
+    blocks = [canvas_of(B), canvas_of(D), canvas_of(N, EOS)]
+    straight, events = play(generation(prompt_length=10, chunk=4), blocks)
+    subject = generation(prompt_length=10, chunk=4)
+    told: list[Event] = subject.start(0.5)
+    for _ in range(calls):
+        told += run_call(subject, blocks)
+    committed = len(commits(told))
+    subject.rewind()
+    again: list[Encode | Denoise] = []
+    while not subject.finished:
+        again.append(subject.next_call())
+        told += run_call(subject, blocks)
+    # What was committed is encoded anew behind the prompt; then all goes on as if nothing had been.
+    expected = [call for call in straight if isinstance(call, Encode) and call.start < 10 + committed * LENGTH]
+    first = next(i for i, call in enumerate(straight) if isinstance(call, Denoise) and call.block_index == committed)
+    assert [described(call) for call in again] == [described(call) for call in [*expected, *straight[first:]]]
+    assert [event.text for event in commits(told)] == [event.text for event in commits(events)]
+    assert finish(told).usage.denoising_steps == finish(events).usage.denoising_steps
+
+
+def run_call(subject: Generation, blocks: list[list[int]]) -> list[Event]:
+    """As `play` does, for one call."""
+    call = subject.next_call()
+    if isinstance(call, Encode):
+        return subject.encoded(0.25)
+    return subject.denoised(readout(blocks[call.block_index]), 1.0, draft=False)
+
+
+def described(call: Encode | Denoise) -> tuple[object, ...]:
+    if isinstance(call, Encode):
+        return call.start, call.token_ids.tolist()
+    numbers = (call.canvas.tolist(), call.uniform.tolist())
+    return call.start, call.block_index, call.first_step, call.temperature, call.guard_first, *numbers
+
+
+@pytest.mark.parametrize("told_blocks", [1, 2])
+def test_a_resumed_request_goes_on_as_the_unbroken_one(told_blocks: int) -> None:
+    """The rest of its calls and its events; a character, and the head of a stop string, reach over the break."""
+    horse = [6 + byte for byte in "🦄".encode()]
+    blocks = [[*[A] * 6, *horse[:2]], [*horse[2:], *[B] * 5, E], canvas_of(N, A, EOS)]
+    sampling = replace(SAMPLING, stop_strings=("END",))
+    straight, unbroken = play(generation(sampling, prompt_length=10, chunk=4), blocks)
+    request = GenerationRequest(
+        "tiny",
+        np.arange(10) + 7,
+        sampling,
+        committed_ids=np.array([i for block in blocks[:told_blocks] for i in block]),
+    )
+    subject = Generation(request, FACTS, DEFAULTS, VOCABULARY, 4)
+    assert subject.total_positions == generation(sampling, prompt_length=10).total_positions
+    calls: list[Encode | Denoise] = []
+    events = subject.start(0.0)
+    while not subject.finished:
+        calls.append(subject.next_call())
+        events += run_call(subject, blocks)
+    rest = commits(unbroken)[told_blocks:]
+    assert [(event.block_index, event.text, event.token_ids.tolist()) for event in commits(events)] == [
+        (event.block_index, event.text, event.token_ids.tolist()) for event in rest
+    ]
+    encodes = [call for call in straight if isinstance(call, Encode)]
+    denoises = [call for call in straight if isinstance(call, Denoise) and call.block_index >= told_blocks]
+    assert sorted(described(call) for call in calls if isinstance(call, Encode)) == sorted(map(described, encodes))
+    assert [described(call) for call in calls if isinstance(call, Denoise)] == [described(call) for call in denoises]
+    usage = finish(events).usage
+    assert (usage.output_tokens, usage.blocks) == (finish(unbroken).usage.output_tokens, 3)
+
+
+@pytest.mark.parametrize(
+    ("committed", "message"),
+    [
+        pytest.param([A] * (LENGTH - 1), "whole blocks", id="part of a block"),
+        pytest.param([*[A] * 3, EOS, *[A] * 4], "block 0", id="a block with an end token"),
+        pytest.param([*[A] * LENGTH, *[A] * 5, E, N, D], "block 1", id="a stop string in the second block"),
+        pytest.param([A] * (3 * LENGTH), "block 2", id="as many tokens as are allowed"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused(committed: list[int], message: str) -> None:
+    sampling = replace(SAMPLING, max_output_tokens=3 * LENGTH, stop_strings=("END",))
+    request = GenerationRequest("tiny", np.arange(3), sampling, committed_ids=np.array(committed, np.int64))
+    with pytest.raises(InvalidRequest, match=f"committed_ids: .*{message}"):
+        Generation(request, FACTS, DEFAULTS, VOCABULARY)
 
 
 tokens = st.one_of(

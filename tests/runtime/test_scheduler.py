@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 from hypothesis import settings
@@ -241,6 +242,19 @@ def test_a_cancelled_request_leaves_the_queue_at_once() -> None:
     assert desk.scheduler.waiting == 0
     desk.submit("takes its place")
     assert [ticket for ticket, _ in desk.scheduler.sweep()] == [queued]
+
+
+def test_requests_that_are_done_are_forgotten_before_their_deadlines() -> None:
+    """Catches a queue of deadlines that keeps every request of the last hour."""
+    desk, done = Desk(Limits()), []
+    for number in range(1000):
+        ticket = Ticket(str(number), PAGE, 0.0, deadline=3600.0)
+        desk.scheduler.submit(ticket)
+        desk.admit()
+        desk.scheduler.finish(ticket)
+        done.append(weakref.ref(ticket))
+        del ticket
+    assert sum(reference() is not None for reference in done) < 100
 
 
 def test_a_long_request_is_not_overtaken_for_ever() -> None:
