@@ -80,9 +80,7 @@ def quantize_modules(model: StepModel, precision: Precision) -> StepModel:
     return model
 
 
-def load_quantized_model(
-    checkpoint: Checkpoint, precision: Precision, operations: Operations = REFERENCE
-) -> StepModel:
+def load_quantized_model(checkpoint: Checkpoint, precision: Precision, operations: Operations = REFERENCE) -> StepModel:
     """The checkpoint's step model in memory, in a quantised precision, as its bundle would hold it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(precision.torch_dtype)
