@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu.expert_layers import ENCODINGS, EXPERTS, TOP_K, Layer, random_layer, random_tokens
 from plugins_trt.expert_ffn.dispatch import dispatch
+from plugins_trt.expert_ffn.kernel import expert_ffn_fp8
 from plugins_trt.expert_ffn.tiles import choose_tiles
 from plugins_trt.expert_routing import kernel as routing
 from plugins_trt.expert_routing import reference as routing_reference
@@ -28,6 +29,7 @@ def check(generator: torch.Generator) -> Iterator[tuple[str, float, float]]:
     yield from _routing(generator)
     for tokens in (1, 256, 2048):
         yield f"dispatch plan, {tokens} tokens: rows out of place", _misplaced(tokens, generator), 0.0
+    yield "fp8 codes that are widened wrongly", _wrong_codes(), 0.0
     for encoding in ENCODINGS:
         layer = random_layer(encoding, generator)
         for tokens in (1, 256, 1000, 2048):
@@ -63,6 +65,22 @@ def _misplaced(tokens: int, generator: torch.Generator) -> float:
     experts = plan.block_expert[used].repeat_interleave(plan.rows.shape[1])[filled.flatten()]
     wrong = (rows[filled] != order).sum() + (experts != ids.flatten()[order]).sum()
     return float(wrong)
+
+
+def _wrong_codes() -> float:
+    """Codes whose product with a state of 1 is off by more than bfloat16's roundings, of all that are numbers.
+
+    One expert of two channels, whose up rows hold every code; each token picks one of them, its gates are 1 and 0.
+    """
+    codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+    codes[[0x7F, 0xFF]] = 0.0
+    one, zero = (torch.full_like(codes, value, dtype=torch.float32).to(codes.dtype) for value in (1.0, 0.0))
+    x, scale = torch.eye(256, dtype=torch.bfloat16, device="cuda"), torch.ones(1, 256, device="cuda")
+    ids, down = torch.zeros(256, 1, dtype=torch.int64, device="cuda"), torch.stack([one, one], dim=1)[None]
+    gate_up = torch.stack([one, zero, codes, codes])[None]
+    output = expert_ffn_fp8(x, ids, x[:, :1] * 0 + 1, gate_up, scale[:, :4].contiguous(), down.contiguous(), scale)
+    expected = 0.8411919906 * codes.float()[:, None]  # gelu_tanh(1)
+    return float(((output.float() - expected).abs() > 3 * _HALF_UNIT * expected.abs()).any(dim=1).sum())
 
 
 def _error(layer: Layer, x: Tensor, ids: Tensor, weights: Tensor, output: Tensor) -> float:
