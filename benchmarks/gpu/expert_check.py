@@ -72,9 +72,9 @@ def _wrong_codes() -> float:
 
     One expert of two channels, whose up rows hold every code; each token picks one of them, its gates are 1 and 0.
     """
-    codes = torch.arange(256, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-    codes[[0x7F, 0xFF]] = 0.0
-    one, zero = (torch.full_like(codes, value, dtype=torch.float32).to(codes.dtype) for value in (1.0, 0.0))
+    bits = torch.arange(256, dtype=torch.uint8, device="cuda")
+    codes = torch.where(bits & 0x7F == 0x7F, 0, bits).view(torch.float8_e4m3fn)
+    one, zero = torch.ones(256, device="cuda").to(codes.dtype), torch.zeros(256, device="cuda").to(codes.dtype)
     x, scale = torch.eye(256, dtype=torch.bfloat16, device="cuda"), torch.ones(1, 256, device="cuda")
     ids, down = torch.zeros(256, 1, dtype=torch.int64, device="cuda"), torch.stack([one, one], dim=1)[None]
     gate_up = torch.stack([one, zero, codes, codes])[None]
