@@ -76,10 +76,6 @@ class _Positions:
     guard: Tensor
     guarded_ids: Tensor
 
-    @property
-    def guarding(self) -> tuple[Tensor | int, ...]:
-        return self.guard, self.guarded_ids, self.guarded_ids.shape[0], self.hidden.shape[1]
-
 
 @dataclass(frozen=True)
 class _Results:
@@ -104,7 +100,7 @@ def _read_out(
 ) -> None:
     V, H = embedding.shape
     hidden, temperature = positions.hidden.reshape(-1, H), positions.temperature
-    M, device = hidden.shape[0], hidden.device
+    M, S, device = hidden.shape[0], positions.hidden.shape[1], hidden.device
     block = min(BLOCK, triton.next_power_of_2(V))
     blocks = triton.cdiv(V, block)
     sizes = {"V": V, "BLOCK": block, "BLOCKS": triton.next_power_of_2(blocks)}
@@ -113,12 +109,15 @@ def _read_out(
     largest, sums, energies = torch.empty(3, M, blocks, dtype=torch.float32, device=device)
     largest_ids = torch.empty(M, blocks, dtype=torch.int32, device=device)
     factors = torch.empty(M, dtype=torch.float32, device=device)
-    find_largest[(blocks, M)](logits, *positions.guarding, largest, largest_ids, V=V, BLOCK=block, num_warps=8)
-    weigh[(blocks, M)](
-        logits, *positions.guarding, temperature, largest, weights, sums, energies, softcap, **sizes, num_warps=8
-    )
+    guarded = positions.guarded_ids.shape[0]
+    if guarded:
+        block_guarded[(M // S,)](
+            logits, positions.guard, positions.guarded_ids, S, V, guarded, triton.next_power_of_2(guarded), num_warps=1
+        )
+    find_largest[(blocks, M)](logits, largest, largest_ids, V=V, BLOCK=block, num_warps=4)
+    exponentiate[(blocks, M)](logits, temperature, S, largest, weights, sums, energies, softcap, **sizes, num_warps=4)
     choose[(M,)](
-        logits, *positions.guarding, temperature, positions.uniform, largest, largest_ids, sums, energies,
+        logits, temperature, S, positions.uniform, largest, largest_ids, sums, energies,
         results.argmax_ids, results.candidate_ids, results.entropy, factors, softcap, embedding_scale,
         blocks, **sizes, num_warps=8,
     )  # fmt: skip
@@ -126,38 +125,52 @@ def _read_out(
 
 
 @triton.jit
-def _logits_of(LOGITS, GUARD, GUARDED_IDS, guarded, S, row, block, V: tl.constexpr, BLOCK: tl.constexpr):
-    """The tokens of a block and their logits in float32, -inf where the guard blocks them."""
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(LOGITS + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf")).to(tl.float32)
-    applies = (row % S == 0) & (tl.load(GUARD + row // S).to(tl.int32) != 0)
-    for index in range(tl.where(applies, guarded, 0)):
-        logits = tl.where(token == tl.load(GUARDED_IDS + index), float("-inf"), logits)
-    return token, logits
+def block_guarded(LOGITS, GUARD, GUARDED_IDS, S, V, guarded: tl.constexpr, BLOCK: tl.constexpr):
+    """Set the guarded tokens' logits at position 0 of a guarded canvas to -inf."""
+    canvas, index = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    applies = tl.where(tl.load(GUARD + canvas).to(tl.int32) != 0, index, guarded) < guarded
+    token = tl.load(GUARDED_IDS + index, mask=applies, other=0)
+    tl.store(LOGITS + canvas * S * V + token, float("-inf"), mask=applies)
 
 
 @triton.jit
-def _tanh(x):
-    small = tl.exp(-2.0 * tl.abs(x))
-    magnitude = (1.0 - small) / (1.0 + small)
-    return tl.where(x < 0.0, -magnitude, magnitude)
+def _logits_of(LOGITS, row, block, V: tl.constexpr, BLOCK: tl.constexpr):
+    """A block's logits in float32, -inf past the vocabulary."""
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(LOGITS + row.to(tl.int64) * V + token, mask=token < V, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _shortfall(logits, softcap):
+    """`(1 - tanh(x / softcap)) / 2`, as `1 / (1 + exp(2 x / softcap))`.
+
+    A reciprocal by `rsqrt` and exponentials of base 2 are one instruction each, and their units are what these passes
+    wait for; both are off by 2^-22 at most.
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(logits * (2.0 * 1.4426950408889634 / softcap)))
+    return root * root
 
 
 @triton.jit
 def _weights_of(logits, largest, softcap, temperature):
-    """`exp(x - x_max)` of capped logits over the temperature, and the exponent; 0 and finite where blocked."""
-    exponent = (_tanh(logits / softcap) - _tanh(largest / softcap)) * (softcap / temperature)
-    return tl.where(logits == float("-inf"), 0.0, tl.exp(exponent)), exponent
+    """`exp(x - x_max)` of capped logits over the temperature, 0 for one of -inf, and the exponent in base 2."""
+    sharpness = 2.0 * 1.4426950408889634 * softcap / temperature
+    exponent = (_shortfall(largest, softcap) - _shortfall(logits, softcap)) * sharpness
+    return tl.where(logits == float("-inf"), 0.0, tl.exp2(exponent)), exponent
 
 
-@triton.jit(do_not_specialize=["guarded"])
-def find_largest(
-    LOGITS, GUARD, GUARDED_IDS, guarded, S, LARGEST, LARGEST_IDS, V: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+@triton.jit
+def _first_largest(values, COUNT: tl.constexpr):
+    """The largest value and its first index; cheaper than carrying the index through the reduction."""
+    largest = tl.max(values, 0)
+    return largest, tl.min(tl.where(values == largest, tl.arange(0, COUNT), COUNT - 1), 0)
+
+
+@triton.jit
+def find_largest(LOGITS, LARGEST, LARGEST_IDS, V: tl.constexpr, BLOCK: tl.constexpr):
     """The largest logit of a position in one block, and its first token."""
     block, row, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    _, logits = _logits_of(LOGITS, GUARD, GUARDED_IDS, guarded, S, row, block, V, BLOCK)
-    largest, index = tl.max(logits, 0, return_indices=True, return_indices_tie_break_left=True)
+    largest, index = _first_largest(_logits_of(LOGITS, row, block, V, BLOCK), BLOCK)
     tl.store(LARGEST + row * blocks + block, largest)
     tl.store(LARGEST_IDS + row * blocks + block, block * BLOCK + index)
 
@@ -166,23 +179,23 @@ def find_largest(
 def _largest_of(LARGEST, row, blocks, BLOCKS: tl.constexpr):
     """The largest logit of a position and its block, the first of several."""
     block = tl.arange(0, BLOCKS)
-    largest = tl.load(LARGEST + row * blocks + block, mask=block < blocks, other=float("-inf"))
-    return tl.max(largest, 0, return_indices=True, return_indices_tie_break_left=True)
+    return _first_largest(tl.load(LARGEST + row * blocks + block, mask=block < blocks, other=float("-inf")), BLOCKS)
 
 
-@triton.jit(do_not_specialize=["guarded"])
-def weigh(
-    LOGITS, GUARD, GUARDED_IDS, guarded, S, TEMPERATURE, LARGEST, WEIGHTS, SUMS, ENERGIES, softcap,
+@triton.jit
+def exponentiate(
+    LOGITS, TEMPERATURE, S, LARGEST, WEIGHTS, SUMS, ENERGIES, softcap,
     V: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """A block's unnormalised softmax weights, their sum, and the sum of weights times exponents."""
+    """A block's unnormalised softmax weights, their sum, and the sum of weights times exponents (in base 2)."""
     block, row, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    token, logits = _logits_of(LOGITS, GUARD, GUARDED_IDS, guarded, S, row, block, V, BLOCK)
+    logits = _logits_of(LOGITS, row, block, V, BLOCK)
     largest, _ = _largest_of(LARGEST, row, blocks, BLOCKS)
     weights, exponent = _weights_of(logits, largest, softcap, tl.load(TEMPERATURE + row // S))
-    tl.store(WEIGHTS + row.to(tl.int64) * V + token, weights.to(WEIGHTS.dtype.element_ty), mask=token < V)
     tl.store(SUMS + row * blocks + block, tl.sum(weights, 0))
     tl.store(ENERGIES + row * blocks + block, tl.sum(weights * exponent, 0))
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(WEIGHTS + row.to(tl.int64) * V + token, weights.to(WEIGHTS.dtype.element_ty), mask=token < V)
 
 
 @triton.jit
@@ -200,9 +213,9 @@ def _first_above(weights, share, COUNT: tl.constexpr):
     return first, tl.sum(tl.where(index == first, cumulative - weights, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["guarded"])
+@triton.jit
 def choose(
-    LOGITS, GUARD, GUARDED_IDS, guarded, S, TEMPERATURE, UNIFORM, LARGEST, LARGEST_IDS, SUMS, ENERGIES,
+    LOGITS, TEMPERATURE, S, UNIFORM, LARGEST, LARGEST_IDS, SUMS, ENERGIES,
     ARGMAX_IDS, CANDIDATE_IDS, ENTROPY, FACTORS, softcap, embedding_scale, blocks,
     V: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -214,11 +227,11 @@ def choose(
     sums = tl.load(SUMS + row * blocks + every, mask=every < blocks, other=0.0)
     energies = tl.load(ENERGIES + row * blocks + every, mask=every < blocks, other=0.0)
     total = tl.sum(sums, 0)
-    tl.store(ENTROPY + row, tl.log(total) - tl.sum(energies, 0) / total)
+    tl.store(ENTROPY + row, (tl.log2(total) - tl.sum(energies, 0) / total) * 0.6931471805599453)
     tl.store(FACTORS + row, embedding_scale / total)
     share = tl.load(UNIFORM + row) * total
     block, before = _first_above(sums, share, BLOCKS)
-    _token, logits = _logits_of(LOGITS, GUARD, GUARDED_IDS, guarded, S, row, block, V, BLOCK)
+    logits = _logits_of(LOGITS, row, block, V, BLOCK)
     weights, _ = _weights_of(logits, largest, softcap, tl.load(TEMPERATURE + row // S))
     index, _ = _first_above(weights, share - before, BLOCK)
     tl.store(CANDIDATE_IDS + row, (block * BLOCK + index).to(tl.int64))

@@ -18,6 +18,7 @@ SOFTCAP = 30.0
 
 LARGER = [
     Canvas("several blocks of the vocabulary, the last one not full", vocabulary=9001, guarded=(1, 9000)),
+    Canvas("blocks that are all full, in more than one", vocabulary=8192, rows=1, positions=2, guarded=(3, 5000)),
     Canvas("a guarded token in every block", vocabulary=9001, guarded=(0, 4096, 8192)),
 ]
 
@@ -33,7 +34,8 @@ def test_readout(case: Canvas, interpreter: Interpreter) -> None:
     got_argmax, got_candidates, got_entropy, got_soft = read_out(interpreter, case, inputs)
     wide = [x.double() if x.is_floating_point() else x for x in inputs]
     argmax, candidates, entropy, soft = canvas_readout(*wide, SOFTCAP, case.hidden**0.5)
-    # A logit is a sum of `hidden` terms, then capped: its error over the temperature is what all else follows.
+    # A logit is a sum of `hidden` terms, then capped (by a tanh that is off by 4 places): its error over the
+    # temperature is what all else follows.
     hidden, embedding = inputs[0], inputs[1]
     products = (hidden.abs() @ embedding.abs().T).max().item() if case.rows else 0.0
     logit = EPS * ((case.hidden + 2) * products + 8 * SOFTCAP) / case.temperature
@@ -137,7 +139,7 @@ def test_compiles(capability: int) -> None:
     """Catches what a target cannot run, and passes over the logits that read them in small pieces."""
     for launch in launches_of(kernel.canvas_readout, *released(1)):
         ptx = compile_launch(launch, capability).asm["ptx"]
-        if launch.kernel.__name__ in {"find_largest", "weigh"}:
+        if launch.kernel.__name__ in {"find_largest", "exponentiate"}:
             assert "ld.global.v4.b32" in ptx
 
 
