@@ -63,7 +63,12 @@ def load(settings: Settings) -> Served:
         vocabulary=vocabulary,
         chunk=engine.pool.encode_chunk,
     )
-    runner = Runner(engine, generations, limits=Limits(settings.max_active, settings.max_waiting))
+    runner = Runner(
+        engine,
+        generations,
+        limits=Limits(settings.max_active, settings.max_waiting),
+        rebuild=lambda: _load_engine(bundle, settings)[0],
+    )
     runner.start()
     served = Served(
         facts=manifest.model,
