@@ -32,6 +32,9 @@ class Tile:
     warps: int
     stages: int
     """Turns whose loads are under way at a time."""
+    exact: bool = True
+    """Add up each turn's products of 8-bit floats in float32. Hopper's matrix units sum them in fewer bits; left to
+    themselves over all of K they save registers and additions."""
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool = True) -> Tensor:
@@ -118,6 +121,7 @@ def multiply(
         DEPTH=tile.depth,
         WHOLE=depth % tile.depth == 0,
         SPLITS=tile.splits,
+        NARROW=tile.depth if tile.exact else None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -169,6 +173,7 @@ def _product(
     DEPTH: tl.constexpr,
     WHOLE: tl.constexpr,
     SPLITS: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     # Blocks of one stretch of the weight run side by side, so that it is read from memory once.
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -190,8 +195,7 @@ def _product(
             codes = tl.load(weight_at, mask=column[None, :] < left, other=0.0)
         if row_scale is None:
             codes = (codes if NATIVE else _widen(codes)).to(tokens.dtype)
-        # Hopper adds 8-bit products in fewer bits than float32; limiting that to a turn keeps long sums exact enough.
-        total = tl.dot(codes, tokens, total, input_precision="ieee", max_num_imprecise_acc=DEPTH)
+        total = tl.dot(codes, tokens, total, input_precision="ieee", max_num_imprecise_acc=NARROW)
         x_at += DEPTH
         weight_at += DEPTH
     total *= tl.load(scale + channel, mask=channel < channels, other=0.0)[:, None]
