@@ -13,7 +13,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,8 @@ class Bench:
         arguments = self.arguments
         longest = max(arguments.prefix, *arguments.prefixes, *arguments.prefills) + 4096
         batched = max(arguments.batches) * (arguments.prefix + 512)
-        options = Options(
-            canvas_slots=max(arguments.batches),
+        options = replace(
+            Options.serving("cuda", canvas_slots=max(arguments.batches)),
             positions=max(longest, batched),
             encode_chunk=arguments.chunk,
             compiler=None if arguments.eager else "inductor",

@@ -39,8 +39,11 @@ class Results:
 
 def check(config: ModelConfig, precision: Precision, device: torch.device, compiler: str | None) -> bool:
     """Print how far everything is from float32, and say whether the kernels are as near as the references."""
-    fast = Options(str(device), canvas_slots=2, positions=8192, encode_chunk=512, compiler=compiler)
-    plain = replace(fast, compiler=None, graphs=False, rewrites=Rewrites(merge_products=False, reference=True))
+    fast = replace(Options.serving(str(device), canvas_slots=2), positions=8192, encode_chunk=512)
+    plain = replace(Options(str(device)), canvas_slots=2, positions=8192, encode_chunk=512, batch=2)
+    plain = replace(plain, rewrites=Rewrites(merge_products=False, reference=True))
+    if device.type == "cuda":
+        fast = replace(fast, compiler=compiler)
     model = _timed("export", lambda: released_model(config, precision, device))
     results = {"reference": _timed("references", lambda: _run(model, plain))}
     results["engine"] = _timed("compile, capture and run", lambda: _run(model, fast))

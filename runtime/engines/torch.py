@@ -3,18 +3,17 @@
 Weights, K/V pool, self-conditioning states and readout stay on the device; the host hands over token ids, page tables
 and uniform numbers, and reads back two ids and an entropy a position.
 
-What a result depends on: on the CPU rows run one after the other, so never on a row's neighbours. On a GPU the rows of
-a call share its matrix products, whose tiling follows from how many rows there are, and attention is split by the
-longest prefix of the call: the same rows in a call of the same size give the same bits, and a row alone gives the same
-bits whatever ran before; between calls of different sizes results differ by rounding. `Options.batch = 1` buys back
-full independence at the price of reading the weights for every row.
+What a result depends on: with `Options.batch = 1` rows run one after the other, so never on a row's neighbours. Else
+the rows of a call share its matrix products, whose tiling follows from how many rows there are, and attention is split
+by the longest prefix of the call: the same rows in a call of the same size give the same bits, and a row alone gives
+the same bits whatever ran before; between calls of different sizes results differ by rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -41,15 +40,13 @@ from runtime.errors import BundleError
 
 FULL_PAGES_LEAST = 16
 """Page tables are padded to a power of two of at least so many pages: a call of a length class is captured once."""
-ENCODE_BUCKET = 256
-"""Tokens: encode rows are padded to multiples of it on a GPU."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how to run, and how much memory to give it."""
+    """Where and how to run, and how much memory to give it; by default plainly, `serving` says what suits a device."""
 
-    device: str = "cuda"
+    device: str = "cpu"
     """`cpu`, `cuda` or `cuda:1`."""
     page_size: int = 64
     """Tokens."""
@@ -60,38 +57,42 @@ class Options:
     slot."""
     encode_chunk: int = ENCODE_CHUNK
     """Most tokens of an encode row: a prompt is done sooner with longer ones and open canvases wait longer."""
-    batch: int = 16
-    """Most rows of one call on a GPU, a power of two; on the CPU rows run one by one."""
-    compiler: str | None = "inductor"
+    encode_bucket: int = 1
+    """Encode rows are padded to multiples of so many tokens, so that few shapes occur."""
+    batch: int = 1
+    """Most rows of one denoise call; the calls' numbers of rows are rounded up to powers of two."""
+    compiler: str | None = None
     """Backend of `torch.compile`; None runs the graph node by node."""
-    graphs: bool = True
-    """Capture CUDA graphs."""
-    beside: bool = True
-    """Run the dense feed-forward beside the experts on a GPU."""
+    graphs: bool = False
+    """Capture CUDA graphs of calls of a canvas' length."""
+    beside: bool = False
+    """Run the dense feed-forward beside the experts on a second CUDA stream."""
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @classmethod
     def serving(cls, device: str, canvas_slots: int) -> Options:
-        """What serves on this device: on a GPU longer prompt chunks, which it needs to be busy, and compiled."""
+        """What serves well there: on a GPU compiled code in graphs, and longer prompt chunks, which it needs to be
+        busy."""
+        plain = cls(device, canvas_slots=canvas_slots)
         if torch.device(device).type == "cpu":
-            return cls(device, canvas_slots=canvas_slots, compiler=None)
-        return cls(device, canvas_slots=canvas_slots, encode_chunk=2048)
+            return plain
+        fast = {"encode_chunk": 2048, "encode_bucket": 256, "batch": 16}
+        return replace(plain, **fast, compiler="inductor", graphs=True, beside=True)
 
     def geometry(self, facts: ModelFacts) -> PoolGeometry:
         """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""
         positions = self.positions or max(facts.max_position, 4096 * self.canvas_slots)
         window = facts.sliding_window - 1 + max(facts.canvas_length, self.encode_chunk)
         sliding_pages = self.canvas_slots * ((window - 2) // self.page_size + 2)
-        cpu = torch.device(self.device).type == "cpu"
         return PoolGeometry(
             page_size=self.page_size,
             sliding_pages=sliding_pages,
             full_pages=-(-positions // self.page_size),
             canvas_slots=self.canvas_slots,
-            rows_per_call=1 if cpu else self.batch,
+            rows_per_call=self.batch,
             encode_chunk=self.encode_chunk,
-            # Bits depend on a GPU call's other rows anyway.
-            prefix_step=None if cpu else self.page_size,
+            # Where rows share calls their bits depend on how many there are anyway.
+            prefix_step=None if self.batch == 1 else self.page_size,
         )
 
 
@@ -104,6 +105,28 @@ class Model:
     program: ExportedProgram
     record: ProgramRecord
     fill: Fill
+
+    @classmethod
+    def of(cls, bundle: Bundle, program: ExportedProgram, fill: Fill) -> Model:
+        """The model of a bundle that has a program."""
+        manifest = bundle.manifest
+        assert manifest.program is not None, "read_program refuses a bundle without one"
+        return cls(manifest.model, manifest.generation.end_token_ids, program, manifest.program, fill)
+
+
+def read_program(bundle: Bundle) -> ExportedProgram:
+    """Read a bundle's exported program.
+
+    Raises:
+        BundleError: it has none, or one that this PyTorch cannot read.
+    """
+    path = bundle.path(STEP_PROGRAM)
+    if bundle.manifest.program is None:
+        raise BundleError(f"{path}: is missing; export the checkpoint again with --program")
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # whatever reading a file of another version or of garbage raises
+        raise BundleError(f"{path}: PyTorch {torch.__version__} cannot load it: {error}") from error
 
 
 class TorchEngine:
@@ -136,17 +159,9 @@ class TorchEngine:
             BundleError: the bundle has no program or it cannot be read, the device is absent or too small.
         """
         options = options or Options()
-        manifest, path = bundle.manifest, bundle.path(STEP_PROGRAM)
-        if manifest.program is None:
-            raise BundleError(f"{path}: is missing; export the checkpoint again with --program")
-        device = _device(options.device)
-        try:
-            program = torch.export.load(path)
-        except Exception as error:  # whatever reading a file of another version or of garbage raises
-            raise BundleError(f"{path}: PyTorch {torch.__version__} cannot load it: {error}") from error
-        with WeightsFile(bundle.path(WEIGHTS), manifest.tensors, device) as weights:
-            ends = manifest.generation.end_token_ids
-            return cls(Model(manifest.model, ends, program, manifest.program, weights.fill), options)
+        device, program = _device(options.device), read_program(bundle)
+        with WeightsFile(bundle.path(WEIGHTS), bundle.manifest.tensors, device) as weights:
+            return cls(Model.of(bundle, program, weights.fill), options)
 
     @torch.no_grad()
     def encode(self, rows: Sequence[EncodeRow]) -> None:
@@ -209,7 +224,7 @@ class TorchEngine:
 
     def _encode(self, row: EncodeRow) -> None:
         length = len(row.token_ids)
-        padded = -(-length // ENCODE_BUCKET) * ENCODE_BUCKET if self._cuda else length
+        padded = -(-length // self._options.encode_bucket) * self._options.encode_bucket
         tables = self._tables(row.prefix, row.start)
         call = self._encode_call(padded, self._full_bucket(len(tables["full_table"])))
         _write_row(call.inputs.host, 0, tables)
@@ -267,10 +282,11 @@ class TorchEngine:
             fields = self._row_fields(1, length, full_pages)
             fields |= {f"{kind}_slots": ((length,), torch.int64) for kind in ("sliding", "full")}
             buffer = Buffer(fields, self._device)
-            _mark_dynamic(buffer.device, {"token_ids": 1, "full_table": 1}, self._cuda)
+            canvas = length == self.facts.canvas_length
+            _mark_dynamic(buffer.device, {"full_table": 1} if canvas else {"full_table": 1, "token_ids": 1})
             for name, pages in (("sliding_slots", self.pool.sliding_pages), ("full_slots", self.pool.full_pages)):
                 buffer.host[name][...] = pages * self.pool.page_size
-            graph_pool = self._graph_pool if length == ENCODE_BUCKET else None
+            graph_pool = self._graph_pool if canvas else None
             self._calls[key] = self._warm(buffer, Buffer({}, self._device), self._run_encode, graph_pool)
         return self._calls[key]
 
@@ -287,8 +303,8 @@ class TorchEngine:
             }
             buffer = Buffer(self._row_fields(*shape, full_pages) | row, self._device)
             dynamic = dict.fromkeys(buffer.device, 0) if batch > 1 else {}
-            _mark_dynamic(buffer.device, dynamic, self._cuda)
-            _mark_dynamic(buffer.device, {"full_table": 1}, self._cuda)
+            _mark_dynamic(buffer.device, dynamic)
+            _mark_dynamic(buffer.device, {"full_table": 1})
             buffer.host["slots"][...], buffer.host["temperature"][...] = self.pool.canvas_slots, 1.0
             readout = {"argmax_ids": (shape, torch.int64), "candidate_ids": (shape, torch.int64)}
             outputs = Buffer(readout | {"entropy": (shape, torch.float32)}, self._device)
@@ -400,11 +416,10 @@ def _write_row(host: Mapping[str, Any], index: int, tables: Mapping[str, Any]) -
     host["sliding_base"][index] = tables["sliding_base"]
 
 
-def _mark_dynamic(tensors: Mapping[str, Tensor], axes: Mapping[str, int], cuda: bool) -> None:
+def _mark_dynamic(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
     """Compile for any size of these axes, not one time for each that comes."""
-    if cuda:
-        for name, axis in axes.items():
-            torch._dynamo.maybe_mark_dynamic(tensors[name], axis)
+    for name, axis in axes.items():
+        torch._dynamo.maybe_mark_dynamic(tensors[name], axis)  # type: ignore[attr-defined]
 
 
 def _state_dtype(model: Model) -> torch.dtype:

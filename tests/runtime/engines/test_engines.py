@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from export.checkpoint import open_checkpoint
 from export.model import Readouts, StepModel, StepOutputs
 from export.rows import build_rows
 from export.verification import load_model
-from runtime.bundle import Bundle
+from runtime.bundle import WEIGHTS, Bundle
 from runtime.engines import torch as torch_engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine, Prefix, Readout
+from runtime.engines.torch_weights import WeightsFile
 
 SLACK = 4.0
 """An engine may be this many times as far from float64 as PyTorch in float32 is: both round the same products, in
@@ -35,9 +38,17 @@ def _onnxruntime(bundle: Bundle) -> Engine:
     return OnnxRuntimeEngine.load(bundle, Options(threads=1, page_size=PAGE, canvas_slots=4, positions=1024))
 
 
+@cache
+def _program(directory: Path) -> ExportedProgram:
+    """Reading a program takes seconds, and every test makes an engine."""
+    return torch_engine.read_program(Bundle(directory))
+
+
 def _torch(bundle: Bundle) -> Engine:
-    options = torch_engine.Options("cpu", PAGE, canvas_slots=4, positions=1024, compiler=None)
-    return torch_engine.TorchEngine.load(bundle, options)
+    options = torch_engine.Options("cpu", PAGE, canvas_slots=4, positions=1024)
+    with WeightsFile(bundle.path(WEIGHTS), bundle.manifest.tensors, torch.device("cpu")) as weights:
+        model = torch_engine.Model.of(bundle, _program(bundle.directory), weights.fill)
+        return torch_engine.TorchEngine(model, options)
 
 
 ENGINES: dict[str, Callable[[Bundle], Engine]] = {"onnxruntime": _onnxruntime, "torch": _torch}
