@@ -422,6 +422,26 @@ def test_batch_work_gives_way_and_goes_on() -> None:
     assert [row.start for row in denoised[6:10]] == [2] * 4, "the watched canvas came next"
 
 
+def test_who_is_watched_waits_for_a_third_more_while_batch_work_saturates_the_engine() -> None:
+    """In engine calls of one row each: its own, and one of the others' after every three."""
+    engine, watched = FakeEngine(), Reader()
+    gate = engine.hold("denoise", 20)
+    with running(engine, Limits(max_active=4, max_rows=1)) as runner:
+        batch = [Reader() for _ in range(12)]
+        for number, reader in enumerate(batch):
+            runner.submit(request(2, *range(3, 100), number, tokens=128), reader, priority=Priority.BATCH)
+        gate.wait_reached()
+        runner.submit(request(2, 8), watched)
+        before = len(engine.rows)
+        gate.release()
+        assert watched.answer() == [8]
+        for number, reader in enumerate(batch):
+            assert reader.answer() == [i for i in (*range(3, 100), number) if i > 2]
+    rows = engine.rows[before:]
+    last = max(index for index, row in enumerate(rows) if isinstance(row, DenoiseRow) and row.start == 2)
+    assert last + 1 <= 5 + 2, "one encoding and four steps of its own, and two calls of the others"
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.lists(st.integers(3, 9), min_size=1, max_size=300), min_size=2, max_size=8),

@@ -312,11 +312,14 @@ def test_rows_of_all_share_a_call() -> None:
 @pytest.mark.parametrize("rows", [1, 2, 8])
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_a_long_prompt_delays_open_canvases_by_one_chunk_a_step(rows: int, prompts: int) -> None:
-    """Between two steps of a canvas lie at most one encode call, of at most a chunk, and the others' steps."""
+    """Between two steps of a canvas lie at most one encode call, of at most a chunk, and the others' steps.
+
+    Three prompts: one of them is batch work, whose turn comes on top of the others'.
+    """
     desk = Desk(Limits())
     canvases, longs = [f"canvas {i}" for i in range(4)], [f"prompt {i}" for i in range(prompts)]
     for name in (*canvases, *longs):
-        desk.submit(name)
+        desk.submit(name, priority=Priority.BATCH if name == "prompt 2" else Priority.INTERACTIVE)
     desk.admit()
     calls = served(desk, dict.fromkeys(canvases, 0) | dict.fromkeys(longs, 256), 60, rows)
     for canvas in canvases:
