@@ -278,13 +278,14 @@ def attend(
     kv_head, split, b = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS, tl.program_id(2)
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
-    base, start, begin, end, first_cached, cached, first_own, count = _visible_tiles(
-        PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
-    )
+    # Asked for first: what the rows see takes several dependent reads.
     d = tl.arange(0, BLOCK_D)
     inside = (tokens < S)[:, None] & (d < D)[None, :]
     place = (b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads
     query = tl.load(QUERY + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+    base, start, begin, end, first_cached, cached, first_own, count = _visible_tiles(
+        PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
+    )
     stride: tl.constexpr = KV_HEADS * D
     own = b.to(tl.int64) * S * stride + kv_head * D
     table = PAGE_TABLE + b.to(tl.int64) * pages
