@@ -24,13 +24,16 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, options_pb2, prompt_pb2
+from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc, prompt_pb2
 from runtime.errors import DgemmaError, Violation
 from runtime.events import Event
 from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides
+from runtime.ticket import Priority
 from service.channel import Credentials, open_channel
+from service.delivery import Delivery
 from service.mapping import event_of, message_proto, overrides_proto
+from service.progress import Progress
 from service.status import DETAILS_KEY
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -162,15 +165,24 @@ class TurnCancelled:
 class Conversation:
     """One stream of many turns; `start_turn` and `cancel_turn` may be called from any thread."""
 
-    def __init__(self, converse: Callable[[Iterator[generation_pb2.ConverseRequest]], Any], setup: Any) -> None:
+    def __init__(
+        self,
+        converse: Callable[[Iterator[generation_pb2.ConverseRequest]], Any],
+        setup: generation_pb2.ConversationSetup,
+        delivery: Delivery,
+    ) -> None:
+        self._delivery = delivery
         self._requests: queue.SimpleQueue[generation_pb2.ConverseRequest | None] = queue.SimpleQueue()
         self._requests.put(generation_pb2.ConverseRequest(setup=setup))
         self._turns = 0
         self._responses = _Responses(converse(iter(self._requests.get, None)))
 
-    def start_turn(self, text: str, options: options_pb2.GenerationOptions | None = None) -> int:
-        """Send a user's message, with settings of its own or the conversation's; returns the turn's index."""
-        start = generation_pb2.TurnStart(parts=[prompt_pb2.ContentPart(text=text)], options=options)
+    def start_turn(self, text: str, progress: Progress | None = None) -> int:
+        """Send a user's message and return the turn's index; with `progress` its answer goes on from there."""
+        start = generation_pb2.TurnStart(parts=[prompt_pb2.ContentPart(text=text)])
+        if progress is not None and (sampling := progress.sampling) is not None:
+            start.options.CopyFrom(overrides_proto(sampling, self._delivery))
+            start.resume.committed_token_ids.extend(progress.committed_ids)
         self._requests.put(generation_pb2.ConverseRequest(start_turn=start))
         self._turns += 1
         return self._turns - 1
@@ -229,19 +241,22 @@ class Client:
         sampling: SamplingOverrides | None = None,
         *,
         draft_interval: float | None = None,
-        model: str = "",
+        priority: Priority = Priority.INTERACTIVE,
+        committed_ids: Sequence[int] = (),
         timeout: float,
     ) -> Events:
-        """Generate the answer to one prompt.
+        """Generate the answer to one prompt; `service.resuming` does so over as many streams as it takes.
 
         Args:
             prompt: what is asked.
             sampling: settings; what is None in it takes the model's default.
             draft_interval: least seconds between two drafts; None for no drafts.
-            model: name of the model; empty for the one that is served.
+            priority: who goes first where there is not room for all.
+            committed_ids: tokens of the blocks that an earlier stream has committed, to go on behind them.
             timeout: seconds for the whole call.
         """
-        request = generation_pb2.GenerateRequest(model=model, options=_options(sampling, draft_interval))
+        options = overrides_proto(sampling or SamplingOverrides(), Delivery(draft_interval, priority))
+        request = generation_pb2.GenerateRequest(options=options, resume=_resume(committed_ids))
         call = self._generation.Generate(_with_prompt(request, prompt), timeout=timeout, metadata=self._metadata)
         return Events(call)
 
@@ -251,20 +266,20 @@ class Client:
         sampling: SamplingOverrides | None = None,
         *,
         draft_interval: float | None = None,
-        model: str = "",
         timeout: float,
     ) -> Conversation:
         """Open a conversation behind `history`; the other arguments are those of `generate`, for every turn."""
+        delivery = Delivery(draft_interval)
         setup = generation_pb2.ConversationSetup(
-            model=model,
             history=[message_proto(message) for message in history],
-            options=_options(sampling, draft_interval),
+            options=overrides_proto(sampling or SamplingOverrides(), delivery),
         )
-        return Conversation(partial(self._generation.Converse, timeout=timeout, metadata=self._metadata), setup)
+        converse = partial(self._generation.Converse, timeout=timeout, metadata=self._metadata)
+        return Conversation(converse, setup, delivery)
 
-    def count_tokens(self, prompt: Prompt, *, model: str = "", timeout: float) -> int:
+    def count_tokens(self, prompt: Prompt, *, timeout: float) -> int:
         """How many tokens a prompt has, rendered."""
-        request = _with_prompt(generation_pb2.CountTokensRequest(model=model), prompt)
+        request = _with_prompt(generation_pb2.CountTokensRequest(), prompt)
         with _failures():
             return self._generation.CountTokens(request, timeout=timeout, metadata=self._metadata).token_count
 
@@ -301,8 +316,8 @@ class Client:
         self.close()
 
 
-def _options(sampling: SamplingOverrides | None, draft_interval: float | None) -> options_pb2.GenerationOptions:
-    return overrides_proto(sampling or SamplingOverrides(), draft_interval)
+def _resume(committed_ids: Sequence[int]) -> generation_pb2.Resume | None:
+    return generation_pb2.Resume(committed_token_ids=committed_ids) if committed_ids else None
 
 
 def _with_prompt(request: Any, prompt: Prompt) -> Any:

@@ -16,14 +16,14 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from diffusiongemma.v1 import generation_pb2, options_pb2
+from diffusiongemma.v1 import generation_pb2
 from runtime.errors import Cancelled, InvalidRequest, QueueFull, Violation
 from runtime.events import Committed, Event, Finished
 from runtime.prompt import Message, Role
 from runtime.runner import Handle
 from service.intake import Intake
 from service.mapping import event_proto, messages_of, text_of
-from service.served import Order
+from service.served import Fields, Order
 
 MAX_WAITING_TURNS = 8
 """Turns that may wait for the open one: who types ahead stays below, who sends without reading is stopped."""
@@ -37,8 +37,8 @@ Context: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.ConverseRequest, g
 class _Turn:
     """A turn that was started."""
 
-    def __init__(self, index: int, text: str, options: options_pb2.GenerationOptions, options_field: str) -> None:
-        self.index, self.text, self.options, self.options_field = index, text, options, options_field
+    def __init__(self, index: int, text: str, start: generation_pb2.TurnStart) -> None:
+        self.index, self.text, self.start = index, text, start
         self.handle: Handle | None = None
         """Once it is submitted."""
         self.cancelled = False
@@ -46,7 +46,7 @@ class _Turn:
 
     def cancel(self) -> None:
         self.cancelled = True
-        self.text = ""  # nobody asks for it any more
+        self.text, self.start = "", generation_pb2.TurnStart()  # nobody asks for them any more
         self.stop()
 
     def stop(self) -> None:
@@ -126,9 +126,7 @@ class Conversation:
         cancelled = sum(turn.cancelled for turn in self._waiting)
         if len(self._waiting) - cancelled >= MAX_WAITING_TURNS or cancelled >= MAX_CANCELLED_TURNS:
             raise QueueFull(len(self._waiting), retry_after=1.0)
-        own = start.HasField("options")
-        options, field = (start.options, "start_turn.options") if own else (self._setup.options, "setup.options")
-        self._waiting.append(_Turn(self._started, text_of(start.parts, "start_turn.parts"), options, field))
+        self._waiting.append(_Turn(self._started, text_of(start.parts, "start_turn.parts"), start))
         self._started += 1
 
     def _cancel(self, index: int) -> None:
@@ -181,7 +179,7 @@ class Conversation:
 
     async def _run(self, turn: _Turn, order: Order) -> str:
         """Write the events of a turn's generation and return its answer."""
-        texts: list[str] = []
+        texts = [self._served.committed_text(order.request)]
         async with self._intake.running(order, self._context.time_remaining()) as running:
             turn.handle = running.handle
             if turn.cancelled or self._failure is not None:  # while it was prepared
@@ -191,7 +189,7 @@ class Conversation:
                 event = await running.next()
                 if isinstance(event, Committed):
                     texts.append(event.text)
-                await self._write(turn, event_proto(event, order.draft_interval))
+                await self._write(turn, event_proto(event, order.delivery))
         return "".join(texts)
 
     async def _write(self, turn: _Turn, fields: dict[str, Any]) -> None:
@@ -207,7 +205,11 @@ class Conversation:
         except InvalidRequest as error:
             moved = (Violation(self._place(violation.field), violation.description) for violation in error.violations)
             raise InvalidRequest(*moved) from error
-        return self._served.order(prompt_ids, turn.options, "start_turn.parts", turn.options_field)
+        assert self._setup is not None
+        own = turn.start.HasField("options")
+        options, field = (turn.start.options, "start_turn.options") if own else (self._setup.options, "setup.options")
+        fields = Fields("start_turn.parts", field, "start_turn.resume")
+        return self._served.order(prompt_ids, options, turn.start.resume, fields)
 
     def _place(self, field: str) -> str:
         """Where in the client's messages a field of the rendered conversation came from."""

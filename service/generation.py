@@ -13,7 +13,7 @@ from runtime.events import Finished
 from service.conversation import Conversation
 from service.intake import Intake
 from service.mapping import event_proto
-from service.served import Order
+from service.served import Fields, Order
 
 GenerateContext: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]"
 ConverseContext: TypeAlias = "grpc.aio.ServicerContext[generation_pb2.ConverseRequest, generation_pb2.ConverseResponse]"
@@ -38,7 +38,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                 number, event = 0, None
                 while not isinstance(event, Finished):
                     event = await running.next()
-                    fields = event_proto(event, order.draft_interval)
+                    fields = event_proto(event, order.delivery)
                     await context.write(generation_pb2.GenerateResponse(sequence_number=number, **fields))
                     number += 1
 
@@ -60,5 +60,5 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     def _order(self, request: generation_pb2.GenerateRequest) -> Order:
         """The request checked and rendered: tokenising a long prompt takes a while, so not on the event loop."""
         self._served.check_model(request.model)
-        field = request.WhichOneof("prompt") or "prompt"
-        return self._served.order(self._served.prompt_ids(request), request.options, field, "options")
+        fields = Fields(request.WhichOneof("prompt") or "prompt", "options", "resume")
+        return self._served.order(self._served.prompt_ids(request), request.options, request.resume, fields)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import TypeVar
 
-from runtime.errors import DeadlineTooShort, ReaderTooSlow
+from runtime.errors import DeadlineTooShort, InvalidRequest, ReaderTooSlow, Violation
 from runtime.events import Committed, Event, Finished, Usage
 from runtime.request import SamplingParameters
 from runtime.runner import Handle
@@ -90,8 +90,11 @@ class Intake:
         client = CALLER.get().name
         with self._quotas.generation(client) as account:
             deadline = self._deadline(request.sampling, time_remaining)
-            mailbox = Mailbox(order.draft_interval)
-            handle = self.served.runner.submit(request, mailbox, deadline, client=client)
+            mailbox = Mailbox(order.delivery.draft_interval)
+            with _fields_of(order):
+                handle = self.served.runner.submit(
+                    request, mailbox, deadline, client=client, priority=order.delivery.priority
+                )
             mailbox.wake = handle.wake
             account.spend(len(request.prompt_ids))
             running = Running(mailbox, handle, account)
@@ -117,6 +120,20 @@ class Intake:
             left = f"{max(0.0, time_remaining):.2f} s are left, and a first block takes {least:.2f} s at least"
             raise DeadlineTooShort(f"{left}; allow more time")
         return time.monotonic() + time_remaining
+
+
+@contextmanager
+def _fields_of(order: Order) -> Iterator[None]:
+    """Names the fields of errors of the runtime, which knows no messages, as the client has sent them."""
+    places = {
+        "committed_ids": f"{order.fields.resume}.committed_token_ids",
+        "max_output_token_count": f"{order.fields.options}.max_output_token_count",
+    }
+    try:
+        yield
+    except InvalidRequest as error:
+        moved = (Violation(places.get(found.field, found.field), found.description) for found in error.violations)
+        raise InvalidRequest(*moved) from error
 
 
 async def _watch(mailbox: Mailbox, handle: Handle) -> None:

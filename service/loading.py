@@ -76,6 +76,7 @@ def load(settings: Settings) -> Served:
         precision=manifest.precision,
         engine=engine_name,
         prompts=prompts,
+        vocabulary=vocabulary,
         runner=runner,
         min_draft_interval=settings.min_draft_interval,
         max_message_bytes=MAX_MESSAGE_BYTES,
@@ -95,10 +96,11 @@ def _load_engine(bundle: Bundle, settings: Settings) -> tuple[Engine, str]:
         return OnnxRuntimeEngine.load(bundle, options), "onnxruntime-cpu"
     try:
         # Imported here: a server of the other engine needs no PyTorch.
-        from runtime.engines import torch
+        from runtime.engines.torch import TorchEngine
+        from runtime.engines.torch_options import Options as TorchOptions
     except ImportError as error:
         raise BundleError(f"the torch engine needs PyTorch ({error}); install dgemma[torch]") from error
-    engine = torch.TorchEngine.load(bundle, torch.Options.serving(settings.device, settings.max_active))
+    engine = TorchEngine.load(bundle, TorchOptions.serving(settings.device, settings.max_active))
     return engine, f"torch-{settings.device}"
 
 

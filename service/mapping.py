@@ -19,11 +19,17 @@ from runtime.errors import InvalidRequest, UnsupportedRequest, Violation
 from runtime.events import Committed, Draft, Event, Finished, FinishReason, Started, Usage
 from runtime.prompt import Message, Role
 from runtime.request import DEFAULT_OUTPUT_TOKENS, SamplingOverrides, SamplingParameters
+from runtime.ticket import Priority
+from service.delivery import Delivery
 
 ROLES = {
     Role.SYSTEM: prompt_pb2.ROLE_SYSTEM,
     Role.USER: prompt_pb2.ROLE_USER,
     Role.MODEL: prompt_pb2.ROLE_MODEL,
+}
+PRIORITIES = {
+    Priority.INTERACTIVE: options_pb2.PRIORITY_INTERACTIVE,
+    Priority.BATCH: options_pb2.PRIORITY_BATCH,
 }
 FINISH_REASONS = {
     FinishReason.END_TOKEN: generation_pb2.FINISH_REASON_END_TOKEN,
@@ -108,12 +114,21 @@ def overrides_of(options: options_pb2.GenerationOptions) -> SamplingOverrides:
     )
 
 
-def draft_interval_of(options: options_pb2.GenerationOptions, floor: float) -> float | None:
-    """Least seconds between two drafts, at least `floor`; None: no drafts.
+def delivery_of(options: options_pb2.GenerationOptions, floor: float) -> Delivery:
+    """How the answer is wanted, drafts at most every `floor` seconds.
 
     Raises:
-        InvalidRequest: a mode that is none, or a duration that is negative or out of protobuf's range.
+        InvalidRequest: a mode or priority that is none, or a duration that is negative or out of protobuf's range.
     """
+    wanted = options.priority or options_pb2.PRIORITY_INTERACTIVE
+    for priority, value in PRIORITIES.items():
+        if wanted == value:
+            return Delivery(_draft_interval_of(options, floor), priority)
+    known = ", ".join(options_pb2.Priority.keys())
+    raise InvalidRequest(Violation("priority", f"is {options.priority}; it must be one of {known}"))
+
+
+def _draft_interval_of(options: options_pb2.GenerationOptions, floor: float) -> float | None:
     drafts = options.drafts
     if drafts.mode not in options_pb2.DraftMode.values():
         known = ", ".join(options_pb2.DraftMode.keys())
@@ -122,10 +137,10 @@ def draft_interval_of(options: options_pb2.GenerationOptions, floor: float) -> f
     return max(interval, floor) if drafts.mode == options_pb2.DRAFT_MODE_ON else None
 
 
-def options_proto(sampling: SamplingParameters, draft_interval: float | None) -> options_pb2.GenerationOptions:
+def options_proto(sampling: SamplingParameters, delivery: Delivery) -> options_pb2.GenerationOptions:
     """The settings in force, every field set."""
-    mode = options_pb2.DRAFT_MODE_OFF if draft_interval is None else options_pb2.DRAFT_MODE_ON
-    drafts = options_pb2.DraftOptions(mode=mode, min_draft_interval=duration_proto(draft_interval or 0.0))
+    mode = options_pb2.DRAFT_MODE_OFF if delivery.draft_interval is None else options_pb2.DRAFT_MODE_ON
+    drafts = options_pb2.DraftOptions(mode=mode, min_draft_interval=duration_proto(delivery.draft_interval or 0.0))
     return options_pb2.GenerationOptions(
         max_output_token_count=sampling.max_output_tokens,
         seed=sampling.seed,
@@ -140,11 +155,12 @@ def options_proto(sampling: SamplingParameters, draft_interval: float | None) ->
         ),
         stop_sequences=sampling.stop_strings,
         drafts=drafts,
+        priority=PRIORITIES[delivery.priority],
     )
 
 
-def overrides_proto(overrides: SamplingOverrides, draft_interval: float | None) -> options_pb2.GenerationOptions:
-    """Options that set what `overrides` sets, with drafts every `draft_interval` seconds, or none."""
+def overrides_proto(overrides: SamplingOverrides, delivery: Delivery) -> options_pb2.GenerationOptions:
+    """Options that set what `overrides` sets, for an answer that is wanted so."""
     options = options_pb2.GenerationOptions(
         max_output_token_count=overrides.max_output_tokens,
         seed=overrides.seed,
@@ -158,10 +174,11 @@ def overrides_proto(overrides: SamplingOverrides, draft_interval: float | None) 
             end_token_guard=overrides.end_token_guard,
         ),
         stop_sequences=overrides.stop_strings,
+        priority=PRIORITIES[delivery.priority],
     )
-    if draft_interval is not None:
+    if delivery.draft_interval is not None:
         options.drafts.mode = options_pb2.DRAFT_MODE_ON
-        options.drafts.min_draft_interval.CopyFrom(duration_proto(draft_interval))
+        options.drafts.min_draft_interval.CopyFrom(duration_proto(delivery.draft_interval))
     return options
 
 
@@ -184,7 +201,8 @@ def sampling_of(options: options_pb2.GenerationOptions) -> SamplingParameters:
 
 def defaults_proto(defaults: GenerationDefaults, room: int) -> options_pb2.GenerationOptions:
     """The settings of a generation that names none, where `room` tokens fit; without a seed, which each draws anew."""
-    options = options_proto(SamplingOverrides(seed=0).resolve(defaults, min(room, DEFAULT_OUTPUT_TOKENS)), None)
+    sampling = SamplingOverrides(seed=0).resolve(defaults, min(room, DEFAULT_OUTPUT_TOKENS))
+    options = options_proto(sampling, Delivery())
     options.ClearField("seed")
     return options
 
@@ -192,11 +210,11 @@ def defaults_proto(defaults: GenerationDefaults, room: int) -> options_pb2.Gener
 # Events
 
 
-def event_proto(event: Event, draft_interval: float | None = None) -> dict[str, Any]:
+def event_proto(event: Event, delivery: Delivery) -> dict[str, Any]:
     """The event as the one field of a response's `oneof event`, ready to be handed to the response's constructor."""
     match event:
         case Started():
-            return {"started": _started_proto(event, draft_interval)}
+            return {"started": _started_proto(event, delivery)}
         case Draft():
             return {"draft": _draft_proto(event)}
         case Committed():
@@ -219,10 +237,10 @@ def event_of(response: generation_pb2.GenerateResponse | generation_pb2.Converse
     return None
 
 
-def _started_proto(event: Started, draft_interval: float | None) -> generation_pb2.GenerationStarted:
+def _started_proto(event: Started, delivery: Delivery) -> generation_pb2.GenerationStarted:
     return generation_pb2.GenerationStarted(
         model=event.model,
-        options=options_proto(event.sampling, draft_interval),
+        options=options_proto(event.sampling, delivery),
         prompt_token_count=event.prompt_token_count,
         canvas_length=event.canvas_length,
     )

@@ -16,7 +16,10 @@ from runtime.errors import InvalidRequest, ModelNotFound, UnsupportedRequest, Vi
 from runtime.prompt import Message
 from runtime.request import GenerationRequest, output_room
 from runtime.runner import Runner
-from service.mapping import draft_interval_of, messages_of, overrides_of
+from runtime.text import AnswerText
+from runtime.vocabulary import Vocabulary
+from service.delivery import Delivery
+from service.mapping import delivery_of, messages_of, overrides_of
 
 
 class Prompts(Protocol):
@@ -30,12 +33,21 @@ class Prompts(Protocol):
 
 
 @dataclass(frozen=True)
+class Fields:
+    """Where in the client's message the parts of an order stand, for errors that name them."""
+
+    prompt: str
+    options: str
+    resume: str
+
+
+@dataclass(frozen=True)
 class Order:
-    """A request that was found good, as the runner takes it, and how often its drafts are wanted."""
+    """A request that was found good, as the runner takes it, and how its answer is wanted."""
 
     request: GenerationRequest
-    draft_interval: float | None
-    """Least seconds between two drafts; None: no drafts."""
+    delivery: Delivery
+    fields: Fields
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,7 @@ class Served:
     engine: str
     """What runs the graph, as clients are told."""
     prompts: Prompts
+    vocabulary: Vocabulary
     runner: Runner
     min_draft_interval: float
     """Seconds; the floor of what a request may ask for."""
@@ -81,22 +94,41 @@ class Served:
             InvalidRequest: a setting is wrong; named below `field`.
         """
         with below(field):
-            draft_interval_of(options, self.min_draft_interval)
+            delivery_of(options, self.min_draft_interval)
             overrides_of(options).resolve(self.defaults, output_room(self.facts, prompt_tokens=1))
 
     def order(
-        self, prompt_ids: NDArray[np.int64], options: options_pb2.GenerationOptions, field: str, options_field: str
+        self,
+        prompt_ids: NDArray[np.int64],
+        options: options_pb2.GenerationOptions,
+        resume: generation_pb2.Resume,
+        fields: Fields,
     ) -> Order:
-        """What to run for a prompt with these options.
+        """What to run for a prompt with these options, behind what was committed of its answer before.
 
         Raises:
-            InvalidRequest: the prompt is too long (named `field`), or a setting is wrong (named below `options_field`).
+            InvalidRequest: the prompt is too long, a setting is wrong, or what was committed is no tokens.
         """
-        room = output_room(self.facts, len(prompt_ids), field)
-        with below(options_field):
-            interval = draft_interval_of(options, self.min_draft_interval)
+        room = output_room(self.facts, len(prompt_ids), fields.prompt)
+        with below(fields.options):
+            delivery = delivery_of(options, self.min_draft_interval)
             sampling = overrides_of(options).resolve(self.defaults, room)
-        return Order(GenerationRequest(self.facts.name, prompt_ids, sampling, interval is not None), interval)
+        committed_ids = np.zeros(0, np.int64)
+        if resume.committed_token_ids:
+            committed_ids = self.prompts.token_ids(
+                resume.committed_token_ids, field=f"{fields.resume}.committed_token_ids"
+            )
+            if not options.HasField("seed"):
+                missing = "is missing; an answer goes on as it began with the seed that `started` told"
+                raise InvalidRequest(Violation(f"{fields.options}.seed", missing))
+        drafts = delivery.draft_interval is not None
+        request = GenerationRequest(self.facts.name, prompt_ids, sampling, drafts, committed_ids)
+        return Order(request, delivery, fields)
+
+    def committed_text(self, request: GenerationRequest) -> str:
+        """The text of the blocks that an earlier stream of the request has committed."""
+        answer = AnswerText(self.vocabulary, request.sampling.stop_strings)
+        return answer.append(request.committed_ids, last=False).text
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from service.cli.failures import failure_of, sentence_of
 from service.cli.options import sampling_options, timeout_option
 from service.cli.target import Target, target_options
 from service.client import CallFailed, Client, Conversation, TurnCancelled
+from service.progress import Progress
+from service.resuming import Retries
 
 PROMPT = "\001\033[1m\002> \001\033[0m\002"
 """Bold; written by readline, which is told by the control characters what takes no room."""
@@ -70,7 +72,7 @@ def questions(console: Console) -> Iterator[str]:
 
 @dataclass
 class Chat:
-    """A conversation that goes on in a new stream where a turn was refused."""
+    """A conversation that goes on in a new stream where a turn was refused, or where its stream broke."""
 
     client: Client
     console: Console
@@ -78,6 +80,7 @@ class Chat:
     timeout: float
     """Seconds of one stream."""
     history: list[Message] = field(default_factory=list)
+    _conversation: Conversation = field(init=False)
 
     def hold(self, questions: Iterator[str]) -> None:
         """Answer the questions until there are no more.
@@ -85,33 +88,36 @@ class Chat:
         Raises:
             Failure: a question that was piped in was refused, or the server failed.
         """
-        conversation = self._open()
+        self._open()
         try:
             for question in questions:
                 try:
-                    self._turn(conversation, question)
+                    self._turn(question)
                 except CallFailed as error:
                     if failure_of(error).exit_code != REFUSED or not self.console.is_terminal:
                         raise
                     self.console.print(sentence_of(error), style="red", markup=False)
-                    conversation.close()
-                    conversation = self._open()
+                    self._open()
         finally:
             with uninterrupted():
-                conversation.close()
+                self._conversation.close()
 
-    def _open(self) -> Conversation:
+    def _open(self) -> None:
+        """Begin a stream behind the history, in place of the one before."""
         interval = DRAFT_INTERVAL if self.console.is_terminal else None
         with uninterrupted():
-            return self.client.converse(self.history, self.sampling, draft_interval=interval, timeout=self.timeout)
+            if hasattr(self, "_conversation"):
+                self._conversation.close()
+            self._conversation = self.client.converse(
+                self.history, self.sampling, draft_interval=interval, timeout=self.timeout
+            )
 
-    def _turn(self, conversation: Conversation, question: str) -> None:
+    def _turn(self, question: str) -> None:
         """Ask, show the answer, and remember both; a cancelled turn is forgotten, as the server forgets it."""
-        index = conversation.start_turn(question)
         answer = answer_on(self.console)
         committed: list[str] = []
         try:
-            for event in self._events(conversation, index):
+            for event in self._over_streams(question):
                 answer.show(event)
                 if isinstance(event, Committed):
                     committed.append(event.text)
@@ -121,9 +127,25 @@ class Chat:
         finally:
             answer.end()
 
-    def _events(self, conversation: Conversation, index: int) -> Iterator[Event]:
+    def _over_streams(self, question: str) -> Iterator[Event]:
+        """The turn's events, over as many streams as it takes."""
+        progress, retries = Progress(), Retries(self.timeout)
+        while True:
+            try:
+                for event in self._events(self._conversation.start_turn(question, progress)):
+                    retries.went_on()
+                    if progress.take(event):
+                        yield event
+                return
+            except CallFailed as error:
+                # Between two turns a stream may break as well: what was said before is not lost either.
+                retries.wait(error, begun=progress.started is not None or len(self.history) > 1)
+                self._open()
+
+    def _events(self, index: int) -> Iterator[Event]:
         """The turn's events; Ctrl-C cancels it, once more quits."""
         cancelled = False
+        conversation = self._conversation
         responses = iter(conversation)
         while True:
             try:

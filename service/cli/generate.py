@@ -12,6 +12,7 @@ from service.cli.answer import Answer, PlainAnswer, answer_on
 from service.cli.connection import connected, uninterrupted
 from service.cli.options import prompt_text, sampling_options, timeout_option
 from service.cli.target import Target, target_options
+from service.resuming import generate
 
 DRAFT_INTERVAL = 0.05
 """Seconds: as often as a terminal is redrawn."""
@@ -39,20 +40,22 @@ def command(
     """Generate the answer to PROMPT, or to what is piped in.
 
     On a terminal each block is rewritten in place while it is denoised; what is settled is bold, what is noise is grey.
-    Piped, the answer is plain text, block by block.
+    Piped, the answer is plain text, block by block. Where the connection breaks, or the server ends, the answer goes on
+    behind its last block as soon as a server is back.
     """
     console = Console(highlight=False)
     live = console.is_terminal if drafts is None else drafts and console.is_terminal
     text = prompt_text(prompt)
     messages = [Message(Role.SYSTEM, system)] if system is not None else []
     with connected(target) as client:
-        with uninterrupted():
-            events = client.generate(
-                [*messages, Message(Role.USER, text)],
-                sampling,
-                draft_interval=DRAFT_INTERVAL if live else None,
-                timeout=timeout,
-            )
+        events = generate(
+            client,
+            [*messages, Message(Role.USER, text)],
+            sampling,
+            draft_interval=DRAFT_INTERVAL if live else None,
+            timeout=timeout,
+            guard=uninterrupted,
+        )
         answer: Answer = answer_on(console) if live else PlainAnswer()
         try:
             for event in events:

@@ -234,6 +234,7 @@ def make_served(
         precision="float32",
         engine="fake",
         prompts=PromptBuilder(bundle, vocabulary),
+        vocabulary=vocabulary,
         runner=runner,
         min_draft_interval=min_draft_interval,
         max_message_bytes=MAX_MESSAGE_BYTES,

@@ -207,6 +207,24 @@ async def test_a_turn_can_bring_its_own_options(tmp_path: Path) -> None:
     assert [text_of(responses, index) for index in range(3)] == ["ab", "abc", "gh"]
 
 
+async def test_a_turn_goes_on_in_another_stream(tmp_path: Path) -> None:
+    """What is left of its answer comes, and the history of the next turn holds all of it."""
+    answers = {"long": LONG, "next": "NEXT"}
+    options = options_pb2.GenerationOptions(seed=3)
+    async with conversing(tmp_path, answers) as (harness, stream):
+        await stream.send(setup(options=options), turn("long"))
+        whole = await stream.rest()
+        blocks = [response.committed for response in whole if response.HasField("committed")]
+        other = Stream(harness.generation.Converse(timeout=60))
+        going_on = turn("long", whole[0].started.options)
+        for block in blocks[:2]:
+            going_on.start_turn.resume.committed_token_ids.extend(block.token_ids)
+        await other.send(setup(), going_on, turn("next"))
+        rest = await other.rest()
+        assert [r.committed for r in rest if r.HasField("committed") and r.turn_index == 0] == blocks[2:]
+        assert f"{LONG}<turn|>\n<|turn>user\nnext" in prompts_of(harness)[-1]
+
+
 WRONG: list[Any] = [
     pytest.param([turn("hi")], "start_turn", "setup comes first", id="no-setup"),
     pytest.param([cancel(0)], "cancel_turn", "setup comes first", id="cancel-before-setup"),
@@ -227,6 +245,21 @@ WRONG: list[Any] = [
         id="turn-without-parts",
     ),
     pytest.param([setup(), turn("x" * 5000)], "start_turn.parts", "4064", id="turn-too-long"),
+    pytest.param(
+        [
+            setup(),
+            Request(
+                start_turn=generation_pb2.TurnStart(
+                    parts=[prompt_pb2.ContentPart(text="x")],
+                    options=options_pb2.GenerationOptions(seed=1),
+                    resume=generation_pb2.Resume(committed_token_ids=[5] * 33),
+                )
+            ),
+        ],
+        "start_turn.resume.committed_token_ids",
+        "whole blocks",
+        id="resumed-within-a-block",
+    ),
     pytest.param(
         [setup(), turn("x", options_pb2.GenerationOptions(seed=-1))],
         "start_turn.options.seed",

@@ -16,7 +16,9 @@ from runtime.errors import InvalidRequest
 from runtime.events import Committed, Draft, Event, Finished, FinishReason, Started, Usage
 from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides, SamplingParameters
+from runtime.ticket import Priority
 from service import mapping
+from service.delivery import Delivery
 
 SAMPLING = SamplingParameters(
     seed=2**63 - 1,
@@ -30,12 +32,14 @@ SAMPLING = SamplingParameters(
     end_token_guard=False,
     stop_strings=("a", "é😀"),
 )
+DELIVERY = Delivery(0.125, Priority.BATCH)
+"""No default in it."""
 USAGE = Usage(5, 6, 2, 11, 0.5, 0.25, 1.0)
 
 
 def there_and_back(event: Event) -> Event:
     """The event as a client gets it, through bytes."""
-    response = generation_pb2.GenerateResponse(**mapping.event_proto(event, 0.05))
+    response = generation_pb2.GenerateResponse(**mapping.event_proto(event, DELIVERY))
     found = mapping.event_of(generation_pb2.GenerateResponse.FromString(response.SerializeToString()))
     assert found is not None
     return found
@@ -76,7 +80,7 @@ def test_a_draft_survives(length: int, random: Any) -> None:
         entropy=entropy,
         temperature=0.7,
     )
-    message = mapping.event_proto(event)["draft"]
+    message = mapping.event_proto(event, DELIVERY)["draft"]
     assert len(message.accepted_bitmap) == math.ceil(length / 8)
     assert message.mean_entropy == pytest.approx(float(entropy.astype(np.float64).mean()), rel=1e-9)
     found = there_and_back(event)
@@ -100,13 +104,22 @@ def test_every_value_of_every_enum_is_mapped() -> None:
     assert set(mapping.FINISH_REASONS) | {FinishReason.OTHER} == set(FinishReason)
     assert set(mapping.ROLES.values()) | {prompt_pb2.ROLE_UNSPECIFIED} == set(prompt_pb2.Role.values())
     assert set(mapping.ROLES) == set(Role)
+    assert set(mapping.PRIORITIES.values()) | {options_pb2.PRIORITY_UNSPECIFIED} == set(options_pb2.Priority.values())
+    assert set(mapping.PRIORITIES) == set(Priority)
 
 
 @pytest.mark.parametrize("mode", options_pb2.DraftMode.values())
 def test_every_draft_mode_is_understood(mode: options_pb2.DraftMode) -> None:
     options = options_pb2.GenerationOptions(drafts=options_pb2.DraftOptions(mode=mode))
-    wanted = mapping.draft_interval_of(options, floor=0.04)
+    wanted = mapping.delivery_of(options, floor=0.04).draft_interval
     assert wanted == (0.04 if mode == options_pb2.DRAFT_MODE_ON else None)
+
+
+@pytest.mark.parametrize("priority", options_pb2.Priority.values())
+def test_every_priority_is_understood(priority: options_pb2.Priority) -> None:
+    options = options_pb2.GenerationOptions(priority=priority)
+    wanted = mapping.delivery_of(options, floor=0.0).priority
+    assert wanted == (Priority.BATCH if priority == options_pb2.PRIORITY_BATCH else Priority.INTERACTIVE)
 
 
 def test_what_a_newer_server_sends_is_survived() -> None:
@@ -123,11 +136,12 @@ def test_what_a_newer_server_sends_is_survived() -> None:
 def test_every_setting_survives() -> None:
     """Catches a setting that is not carried over: each is set to a value that is no default."""
     overrides = SamplingOverrides(**{field.name: getattr(SAMPLING, field.name) for field in fields(SAMPLING)})
-    sent = mapping.overrides_proto(overrides, 0.125)
+    sent = mapping.overrides_proto(overrides, DELIVERY)
     received = options_pb2.GenerationOptions.FromString(sent.SerializeToString())
     assert mapping.overrides_of(received) == overrides
-    assert mapping.draft_interval_of(received, floor=0.01) == 0.125
-    echoed = mapping.options_proto(SAMPLING, 0.125)
+    assert mapping.delivery_of(received, floor=0.01) == DELIVERY
+    echoed = mapping.options_proto(SAMPLING, DELIVERY)
+    assert mapping.delivery_of(echoed, floor=0.01) == DELIVERY
     assert mapping.sampling_of(echoed) == SAMPLING
     assert mapping.overrides_of(echoed) == overrides
 
@@ -135,14 +149,14 @@ def test_every_setting_survives() -> None:
 def test_settings_that_are_not_given_stay_so() -> None:
     """Catches a default of protobuf taken for a value: an absent temperature is not 0."""
     assert mapping.overrides_of(options_pb2.GenerationOptions()) == SamplingOverrides()
-    assert mapping.overrides_of(mapping.overrides_proto(SamplingOverrides(), None)) == SamplingOverrides()
+    assert mapping.overrides_of(mapping.overrides_proto(SamplingOverrides(), Delivery())) == SamplingOverrides()
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(SamplingOverrides) if field.name != "stop_strings"])
 def test_settings_of_zero_are_values(name: str) -> None:
     zero = False if name == "end_token_guard" else 0
     overrides = SamplingOverrides(**{name: zero})
-    assert getattr(mapping.overrides_of(mapping.overrides_proto(overrides, None)), name) == zero
+    assert getattr(mapping.overrides_of(mapping.overrides_proto(overrides, Delivery())), name) == zero
 
 
 @given(st.lists(st.builds(Message, st.sampled_from(Role), st.text()), max_size=5))

@@ -143,6 +143,7 @@ WRONG: list[Any] = [
     pytest.param(with_options(stop_sequences=["a", ""]), "options.stop_sequences[1]", "from 1", id="empty-stop"),
     pytest.param(with_options(stop_sequences=["a" * 257]), "options.stop_sequences[0]", "256", id="long-stop"),
     pytest.param(with_options(stop_sequences=["a"] * 17), "options.stop_sequences", "at most 16", id="many-stops"),
+    pytest.param(with_options(priority=7), "options.priority", "PRIORITY_BATCH", id="priority-unknown"),
     pytest.param(with_draft_mode(9), "options.drafts.mode", "DRAFT_MODE_ON", id="draft-mode-unknown"),
     pytest.param(with_draft_interval(-1, 0), "options.drafts.min_draft_interval", "from 0", id="negative-interval"),
     # More than Duration allows, though its field holds it: echoed in `started` it would overflow.

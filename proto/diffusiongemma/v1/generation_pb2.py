@@ -27,47 +27,49 @@ from diffusiongemma.v1 import prompt_pb2 as diffusiongemma_dot_v1_dot_prompt__pb
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"diffusiongemma/v1/generation.proto\x12\x11\x64iffusiongemma.v1\x1a\x1f\x64iffusiongemma/v1/options.proto\x1a\x1e\x64iffusiongemma/v1/prompt.proto\x1a\x1egoogle/protobuf/duration.proto\"\xcc\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1f.diffusiongemma.v1.ConversationH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.diffusiongemma.v1.TokenIdsH\x00\x12\x35\n\x07options\x18\x04 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptionsB\x08\n\x06prompt\"\x90\x02\n\x10GenerateResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12\x37\n\x07started\x18\x02 \x01(\x0b\x32$.diffusiongemma.v1.GenerationStartedH\x00\x12.\n\x05\x64raft\x18\x03 \x01(\x0b\x32\x1d.diffusiongemma.v1.BlockDraftH\x00\x12\x36\n\tcommitted\x18\x04 \x01(\x0b\x32!.diffusiongemma.v1.BlockCommittedH\x00\x12\x39\n\x08\x66inished\x18\x05 \x01(\x0b\x32%.diffusiongemma.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"\xbc\x01\n\x0f\x43onverseRequest\x12\x35\n\x05setup\x18\x01 \x01(\x0b\x32$.diffusiongemma.v1.ConversationSetupH\x00\x12\x32\n\nstart_turn\x18\x02 \x01(\x0b\x32\x1c.diffusiongemma.v1.TurnStartH\x00\x12\x34\n\x0b\x63\x61ncel_turn\x18\x03 \x01(\x0b\x32\x1d.diffusiongemma.v1.TurnCancelH\x00\x42\x08\n\x06\x61\x63tion\"\xdb\x02\n\x10\x43onverseResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12\x12\n\nturn_index\x18\x02 \x01(\x05\x12\x37\n\x07started\x18\x03 \x01(\x0b\x32$.diffusiongemma.v1.GenerationStartedH\x00\x12.\n\x05\x64raft\x18\x04 \x01(\x0b\x32\x1d.diffusiongemma.v1.BlockDraftH\x00\x12\x36\n\tcommitted\x18\x05 \x01(\x0b\x32!.diffusiongemma.v1.BlockCommittedH\x00\x12\x39\n\x08\x66inished\x18\x06 \x01(\x0b\x32%.diffusiongemma.v1.GenerationFinishedH\x00\x12\x35\n\tcancelled\x18\x07 \x01(\x0b\x32 .diffusiongemma.v1.TurnCancelledH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1f.diffusiongemma.v1.ConversationH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.diffusiongemma.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"*\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\"\x86\x01\n\x11\x43onversationSetup\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x07history\x18\x02 \x03(\x0b\x32\x1a.diffusiongemma.v1.Message\x12\x35\n\x07options\x18\x03 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\"q\n\tTurnStart\x12-\n\x05parts\x18\x01 \x03(\x0b\x32\x1e.diffusiongemma.v1.ContentPart\x12\x35\n\x07options\x18\x02 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\" \n\nTurnCancel\x12\x12\n\nturn_index\x18\x01 \x01(\x05\"\x0f\n\rTurnCancelled\"\x8c\x01\n\x11GenerationStarted\x12\r\n\x05model\x18\x01 \x01(\t\x12\x35\n\x07options\x18\x02 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\x12\x1a\n\x12prompt_token_count\x18\x03 \x01(\x05\x12\x15\n\rcanvas_length\x18\x04 \x01(\x05\"\xcc\x01\n\nBlockDraft\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x1a\n\x12token_text_lengths\x18\x05 \x03(\x05\x12\x17\n\x0f\x61\x63\x63\x65pted_bitmap\x18\x06 \x01(\x0c\x12\x1a\n\x12position_entropies\x18\x07 \x01(\x0c\x12\x14\n\x0cmean_entropy\x18\x08 \x01(\x01\x12\x13\n\x0btemperature\x18\t \x01(\x01\"m\n\x0e\x42lockCommitted\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x12\n\nstep_count\x18\x04 \x01(\x05\x12\x11\n\tconverged\x18\x05 \x01(\x08\"\xb7\x01\n\x12GenerationFinished\x12\x36\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1f.diffusiongemma.v1.FinishReason\x12\x15\n\rstop_sequence\x18\x02 \x01(\t\x12\'\n\x05usage\x18\x03 \x01(\x0b\x32\x18.diffusiongemma.v1.Usage\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.diffusiongemma.v1.Timing\"r\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x02 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x03 \x01(\x05\x12\x1c\n\x14\x64\x65noising_step_count\x18\x04 \x01(\x05\"\xa7\x01\n\x06Timing\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12\x64\x65noising_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*\x85\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46INISH_REASON_END_TOKEN\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xa1\x02\n\x11GenerationService\x12U\n\x08Generate\x12\".diffusiongemma.v1.GenerateRequest\x1a#.diffusiongemma.v1.GenerateResponse0\x01\x12W\n\x08\x43onverse\x12\".diffusiongemma.v1.ConverseRequest\x1a#.diffusiongemma.v1.ConverseResponse(\x01\x30\x01\x12\\\n\x0b\x43ountTokens\x12%.diffusiongemma.v1.CountTokensRequest\x1a&.diffusiongemma.v1.CountTokensResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"diffusiongemma/v1/generation.proto\x12\x11\x64iffusiongemma.v1\x1a\x1f\x64iffusiongemma/v1/options.proto\x1a\x1e\x64iffusiongemma/v1/prompt.proto\x1a\x1egoogle/protobuf/duration.proto\"\xf7\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1f.diffusiongemma.v1.ConversationH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.diffusiongemma.v1.TokenIdsH\x00\x12\x35\n\x07options\x18\x04 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\x12)\n\x06resume\x18\x05 \x01(\x0b\x32\x19.diffusiongemma.v1.ResumeB\x08\n\x06prompt\"%\n\x06Resume\x12\x1b\n\x13\x63ommitted_token_ids\x18\x01 \x03(\x05\"\x90\x02\n\x10GenerateResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12\x37\n\x07started\x18\x02 \x01(\x0b\x32$.diffusiongemma.v1.GenerationStartedH\x00\x12.\n\x05\x64raft\x18\x03 \x01(\x0b\x32\x1d.diffusiongemma.v1.BlockDraftH\x00\x12\x36\n\tcommitted\x18\x04 \x01(\x0b\x32!.diffusiongemma.v1.BlockCommittedH\x00\x12\x39\n\x08\x66inished\x18\x05 \x01(\x0b\x32%.diffusiongemma.v1.GenerationFinishedH\x00\x42\x07\n\x05\x65vent\"\xbc\x01\n\x0f\x43onverseRequest\x12\x35\n\x05setup\x18\x01 \x01(\x0b\x32$.diffusiongemma.v1.ConversationSetupH\x00\x12\x32\n\nstart_turn\x18\x02 \x01(\x0b\x32\x1c.diffusiongemma.v1.TurnStartH\x00\x12\x34\n\x0b\x63\x61ncel_turn\x18\x03 \x01(\x0b\x32\x1d.diffusiongemma.v1.TurnCancelH\x00\x42\x08\n\x06\x61\x63tion\"\xdb\x02\n\x10\x43onverseResponse\x12\x17\n\x0fsequence_number\x18\x01 \x01(\x03\x12\x12\n\nturn_index\x18\x02 \x01(\x05\x12\x37\n\x07started\x18\x03 \x01(\x0b\x32$.diffusiongemma.v1.GenerationStartedH\x00\x12.\n\x05\x64raft\x18\x04 \x01(\x0b\x32\x1d.diffusiongemma.v1.BlockDraftH\x00\x12\x36\n\tcommitted\x18\x05 \x01(\x0b\x32!.diffusiongemma.v1.BlockCommittedH\x00\x12\x39\n\x08\x66inished\x18\x06 \x01(\x0b\x32%.diffusiongemma.v1.GenerationFinishedH\x00\x12\x35\n\tcancelled\x18\x07 \x01(\x0b\x32 .diffusiongemma.v1.TurnCancelledH\x00\x42\x07\n\x05\x65vent\"\x98\x01\n\x12\x43ountTokensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x37\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1f.diffusiongemma.v1.ConversationH\x00\x12\x30\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1b.diffusiongemma.v1.TokenIdsH\x00\x42\x08\n\x06prompt\"*\n\x13\x43ountTokensResponse\x12\x13\n\x0btoken_count\x18\x01 \x01(\x05\"\x86\x01\n\x11\x43onversationSetup\x12\r\n\x05model\x18\x01 \x01(\t\x12+\n\x07history\x18\x02 \x03(\x0b\x32\x1a.diffusiongemma.v1.Message\x12\x35\n\x07options\x18\x03 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\"\x9c\x01\n\tTurnStart\x12-\n\x05parts\x18\x01 \x03(\x0b\x32\x1e.diffusiongemma.v1.ContentPart\x12\x35\n\x07options\x18\x02 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\x12)\n\x06resume\x18\x03 \x01(\x0b\x32\x19.diffusiongemma.v1.Resume\" \n\nTurnCancel\x12\x12\n\nturn_index\x18\x01 \x01(\x05\"\x0f\n\rTurnCancelled\"\x8c\x01\n\x11GenerationStarted\x12\r\n\x05model\x18\x01 \x01(\t\x12\x35\n\x07options\x18\x02 \x01(\x0b\x32$.diffusiongemma.v1.GenerationOptions\x12\x1a\n\x12prompt_token_count\x18\x03 \x01(\x05\x12\x15\n\rcanvas_length\x18\x04 \x01(\x05\"\xcc\x01\n\nBlockDraft\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\x05\x12\x0c\n\x04step\x18\x02 \x01(\x05\x12\x11\n\ttoken_ids\x18\x03 \x03(\x05\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x1a\n\x12token_text_lengths\x18\x05 \x03(\x05\x12\x17\n\x0f\x61\x63\x63\x65pted_bitmap\x18\x06 \x01(\x0c\x12\x1a\n\x12position_entropies\x18\x07 \x01(\x0c\x12\x14\n\x0cmean_entropy\x18\x08 \x01(\x01\x12\x13\n\x0btemperature\x18\t \x01(\x01\"m\n\x0e\x42lockCommitted\x12\x13\n\x0b\x62lock_index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x12\n\nstep_count\x18\x04 \x01(\x05\x12\x11\n\tconverged\x18\x05 \x01(\x08\"\xb7\x01\n\x12GenerationFinished\x12\x36\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x1f.diffusiongemma.v1.FinishReason\x12\x15\n\rstop_sequence\x18\x02 \x01(\t\x12\'\n\x05usage\x18\x03 \x01(\x0b\x32\x18.diffusiongemma.v1.Usage\x12)\n\x06timing\x18\x04 \x01(\x0b\x32\x19.diffusiongemma.v1.Timing\"r\n\x05Usage\x12\x1a\n\x12prompt_token_count\x18\x01 \x01(\x05\x12\x1a\n\x12output_token_count\x18\x02 \x01(\x05\x12\x13\n\x0b\x62lock_count\x18\x03 \x01(\x05\x12\x1c\n\x14\x64\x65noising_step_count\x18\x04 \x01(\x05\"\xa7\x01\n\x06Timing\x12\x31\n\x0equeue_duration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x10prefill_duration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12\x64\x65noising_duration\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration*\x85\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x46INISH_REASON_END_TOKEN\x10\x01\x12\x1f\n\x1b\x46INISH_REASON_STOP_SEQUENCE\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xa1\x02\n\x11GenerationService\x12U\n\x08Generate\x12\".diffusiongemma.v1.GenerateRequest\x1a#.diffusiongemma.v1.GenerateResponse0\x01\x12W\n\x08\x43onverse\x12\".diffusiongemma.v1.ConverseRequest\x1a#.diffusiongemma.v1.ConverseResponse(\x01\x30\x01\x12\\\n\x0b\x43ountTokens\x12%.diffusiongemma.v1.CountTokensRequest\x1a&.diffusiongemma.v1.CountTokensResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diffusiongemma.v1.generation_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2613
-  _globals['_FINISHREASON']._serialized_end=2746
+  _globals['_FINISHREASON']._serialized_start=2739
+  _globals['_FINISHREASON']._serialized_end=2872
   _globals['_GENERATEREQUEST']._serialized_start=155
-  _globals['_GENERATEREQUEST']._serialized_end=359
-  _globals['_GENERATERESPONSE']._serialized_start=362
-  _globals['_GENERATERESPONSE']._serialized_end=634
-  _globals['_CONVERSEREQUEST']._serialized_start=637
-  _globals['_CONVERSEREQUEST']._serialized_end=825
-  _globals['_CONVERSERESPONSE']._serialized_start=828
-  _globals['_CONVERSERESPONSE']._serialized_end=1175
-  _globals['_COUNTTOKENSREQUEST']._serialized_start=1178
-  _globals['_COUNTTOKENSREQUEST']._serialized_end=1330
-  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1332
-  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1374
-  _globals['_CONVERSATIONSETUP']._serialized_start=1377
-  _globals['_CONVERSATIONSETUP']._serialized_end=1511
-  _globals['_TURNSTART']._serialized_start=1513
-  _globals['_TURNSTART']._serialized_end=1626
-  _globals['_TURNCANCEL']._serialized_start=1628
-  _globals['_TURNCANCEL']._serialized_end=1660
-  _globals['_TURNCANCELLED']._serialized_start=1662
-  _globals['_TURNCANCELLED']._serialized_end=1677
-  _globals['_GENERATIONSTARTED']._serialized_start=1680
-  _globals['_GENERATIONSTARTED']._serialized_end=1820
-  _globals['_BLOCKDRAFT']._serialized_start=1823
-  _globals['_BLOCKDRAFT']._serialized_end=2027
-  _globals['_BLOCKCOMMITTED']._serialized_start=2029
-  _globals['_BLOCKCOMMITTED']._serialized_end=2138
-  _globals['_GENERATIONFINISHED']._serialized_start=2141
-  _globals['_GENERATIONFINISHED']._serialized_end=2324
-  _globals['_USAGE']._serialized_start=2326
-  _globals['_USAGE']._serialized_end=2440
-  _globals['_TIMING']._serialized_start=2443
-  _globals['_TIMING']._serialized_end=2610
-  _globals['_GENERATIONSERVICE']._serialized_start=2749
-  _globals['_GENERATIONSERVICE']._serialized_end=3038
+  _globals['_GENERATEREQUEST']._serialized_end=402
+  _globals['_RESUME']._serialized_start=404
+  _globals['_RESUME']._serialized_end=441
+  _globals['_GENERATERESPONSE']._serialized_start=444
+  _globals['_GENERATERESPONSE']._serialized_end=716
+  _globals['_CONVERSEREQUEST']._serialized_start=719
+  _globals['_CONVERSEREQUEST']._serialized_end=907
+  _globals['_CONVERSERESPONSE']._serialized_start=910
+  _globals['_CONVERSERESPONSE']._serialized_end=1257
+  _globals['_COUNTTOKENSREQUEST']._serialized_start=1260
+  _globals['_COUNTTOKENSREQUEST']._serialized_end=1412
+  _globals['_COUNTTOKENSRESPONSE']._serialized_start=1414
+  _globals['_COUNTTOKENSRESPONSE']._serialized_end=1456
+  _globals['_CONVERSATIONSETUP']._serialized_start=1459
+  _globals['_CONVERSATIONSETUP']._serialized_end=1593
+  _globals['_TURNSTART']._serialized_start=1596
+  _globals['_TURNSTART']._serialized_end=1752
+  _globals['_TURNCANCEL']._serialized_start=1754
+  _globals['_TURNCANCEL']._serialized_end=1786
+  _globals['_TURNCANCELLED']._serialized_start=1788
+  _globals['_TURNCANCELLED']._serialized_end=1803
+  _globals['_GENERATIONSTARTED']._serialized_start=1806
+  _globals['_GENERATIONSTARTED']._serialized_end=1946
+  _globals['_BLOCKDRAFT']._serialized_start=1949
+  _globals['_BLOCKDRAFT']._serialized_end=2153
+  _globals['_BLOCKCOMMITTED']._serialized_start=2155
+  _globals['_BLOCKCOMMITTED']._serialized_end=2264
+  _globals['_GENERATIONFINISHED']._serialized_start=2267
+  _globals['_GENERATIONFINISHED']._serialized_end=2450
+  _globals['_USAGE']._serialized_start=2452
+  _globals['_USAGE']._serialized_end=2566
+  _globals['_TIMING']._serialized_start=2569
+  _globals['_TIMING']._serialized_end=2736
+  _globals['_GENERATIONSERVICE']._serialized_start=2875
+  _globals['_GENERATIONSERVICE']._serialized_end=3164
 # @@protoc_insertion_point(module_scope)

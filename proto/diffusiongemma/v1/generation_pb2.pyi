@@ -64,6 +64,7 @@ class GenerateRequest(_message.Message):
     CONVERSATION_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model. Empty names the one that is served."""
     @_builtins.property
@@ -78,6 +79,12 @@ class GenerateRequest(_message.Message):
     def options(self) -> _options_pb2.GenerationOptions:
         """Settings. Absent: the model's defaults."""
 
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """What an earlier stream of this request has committed. Absent: nothing, the
+        answer begins at its beginning.
+        """
+
     def __init__(
         self,
         *,
@@ -85,16 +92,63 @@ class GenerateRequest(_message.Message):
         conversation: _prompt_pb2.Conversation | None = ...,
         token_ids: _prompt_pb2.TokenIds | None = ...,
         options: _options_pb2.GenerationOptions | None = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "options", b"options", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "options", b"options", "prompt", b"prompt", "resume", b"resume", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "model", b"model", "options", b"options", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "model", b"model", "options", b"options", "prompt", b"prompt", "resume", b"resume", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["conversation", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """Goes on with an answer whose stream broke: the network failed, or the server
+    ended. The server need not have kept anything, and need not be the same one.
+
+    The client repeats its request, with the settings that `GenerationStarted`
+    told, the seed among them, and with the tokens of every block that was
+    committed. The new stream begins with `started`; its blocks are numbered on
+    from there, and they are what the unbroken stream would have sent, token for
+    token, where the server has the same bundle and engine. `sequence_number`
+    begins at 0 again. A block that may have been the last, since it is shorter
+    than a canvas or reaches `max_output_token_count`, or since a stop sequence may
+    end in it, is left out: it comes again, and `finished` behind it.
+
+    With blocks of 256 tokens, of which two had come:
+
+      client: { conversation {} options { seed: 7 ... }
+                resume { committed_token_ids: [... 512 of them] } }
+      server: 0  started   { options { seed: 7 ... } ... }
+      server: 1  committed { block_index: 2 ... }
+      server: 2  finished  { usage { block_count: 3 ... } ... }
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITTED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def committed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """`BlockCommitted.token_ids` of all blocks, one after another: a multiple of
+        `Model.canvas_length`, less than `max_output_token_count`, with no end token
+        and no stop sequence in them, for a block that has one is the last.
+        """
+
+    def __init__(
+        self,
+        *,
+        committed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_token_ids", b"committed_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
@@ -393,6 +447,7 @@ class TurnStart(_message.Message):
 
     PARTS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_prompt_pb2.ContentPart]:
         """The user's message. At least one part."""
@@ -403,15 +458,20 @@ class TurnStart(_message.Message):
         Absent: the setup's.
         """
 
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """What an earlier stream has committed of this turn's answer. Absent: nothing."""
+
     def __init__(
         self,
         *,
         parts: _abc.Iterable[_prompt_pb2.ContentPart] | None = ...,
         options: _options_pb2.GenerationOptions | None = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "parts", b"parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "parts", b"parts", "resume", b"resume"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -673,9 +733,11 @@ class Usage(_message.Message):
     output_token_count: _builtins.int
     """Tokens of the answer, over all blocks, the end token not counted."""
     block_count: _builtins.int
-    """Blocks committed."""
+    """Blocks committed, those that were resumed from among them, as are their
+    tokens above.
+    """
     denoising_step_count: _builtins.int
-    """Denoising steps made, over all blocks."""
+    """Denoising steps made, over all blocks of this stream."""
     def __init__(
         self,
         *,

@@ -38,19 +38,24 @@ class GenerationServiceStub:
 
       INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
                           field and its limit
+      UNAUTHENTICATED     the server wants a bearer token, and there is no good one
       NOT_FOUND           the model is not served
-      RESOURCE_EXHAUSTED  too many requests wait (`google.rpc.RetryInfo` says
-                          when to come again), or a message is too large
+      RESOURCE_EXHAUSTED  too many requests wait, or this client has as much as it
+                          may (`google.rpc.RetryInfo` says when to come again), or
+                          a message is too large
       UNIMPLEMENTED       an image, where the model has no vision
-      DEADLINE_EXCEEDED   the deadline passed, or would before work could start
+      DEADLINE_EXCEEDED   the deadline passed, or would before a first block
       CANCELLED           the client cancelled the call
-      UNAVAILABLE         the server is shutting down: ask another one
+      ABORTED             the client did not read for minutes: resume
+      UNAVAILABLE         the server is shutting down: ask another one, and resume
+                          what was under way
       INTERNAL            the engine failed; the message names the line in its log
 
     Requests are checked before they queue, so a wrong one fails with nothing
     sent. To abort a generation cancel the call, or set a deadline on it: the
     engine is free again within one denoising step. Without drafts a stream stays
-    silent for as long as a block takes.
+    silent for as long as a block takes. A stream that broke can be resumed where
+    it was: see `Resume`.
     """
 
     @_typing.overload
@@ -66,18 +71,20 @@ class GenerationServiceStub:
     The client's first message is `setup`, the later ones start and cancel
     turns. Turns are answered one at a time, in the order in which they were
     started; one that is started while another is open waits for it, at most 8
-    at a time: a further one is RESOURCE_EXHAUSTED. After the client has
+    at a time, those that were cancelled not counted: a further one is
+    RESOURCE_EXHAUSTED. After the client has
     half-closed, the server answers what was started and ends the stream with
     OK. A deadline on the call covers the whole conversation. A server that
     shuts down answers the open turn and then ends the stream with UNAVAILABLE.
 
     A wrong message, or a failing turn, ends the stream with its status. A
     client that was told each block can open another one with that history in
-    its `setup`.
+    its `setup`, and resume the turn that was under way.
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CountTokensRequest, _generation_pb2.CountTokensResponse]
     """Counts the tokens of a prompt as `Generate` would: with the chat template,
-    up to the point where the answer begins.
+    up to the point where the answer begins. UNAVAILABLE while the server shuts
+    down, like every other method of its services.
     """
 
 @_typing.type_check_only
@@ -91,19 +98,24 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
 
       INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
                           field and its limit
+      UNAUTHENTICATED     the server wants a bearer token, and there is no good one
       NOT_FOUND           the model is not served
-      RESOURCE_EXHAUSTED  too many requests wait (`google.rpc.RetryInfo` says
-                          when to come again), or a message is too large
+      RESOURCE_EXHAUSTED  too many requests wait, or this client has as much as it
+                          may (`google.rpc.RetryInfo` says when to come again), or
+                          a message is too large
       UNIMPLEMENTED       an image, where the model has no vision
-      DEADLINE_EXCEEDED   the deadline passed, or would before work could start
+      DEADLINE_EXCEEDED   the deadline passed, or would before a first block
       CANCELLED           the client cancelled the call
-      UNAVAILABLE         the server is shutting down: ask another one
+      ABORTED             the client did not read for minutes: resume
+      UNAVAILABLE         the server is shutting down: ask another one, and resume
+                          what was under way
       INTERNAL            the engine failed; the message names the line in its log
 
     Requests are checked before they queue, so a wrong one fails with nothing
     sent. To abort a generation cancel the call, or set a deadline on it: the
     engine is free again within one denoising step. Without drafts a stream stays
-    silent for as long as a block takes.
+    silent for as long as a block takes. A stream that broke can be resumed where
+    it was: see `Resume`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -116,18 +128,20 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     The client's first message is `setup`, the later ones start and cancel
     turns. Turns are answered one at a time, in the order in which they were
     started; one that is started while another is open waits for it, at most 8
-    at a time: a further one is RESOURCE_EXHAUSTED. After the client has
+    at a time, those that were cancelled not counted: a further one is
+    RESOURCE_EXHAUSTED. After the client has
     half-closed, the server answers what was started and ends the stream with
     OK. A deadline on the call covers the whole conversation. A server that
     shuts down answers the open turn and then ends the stream with UNAVAILABLE.
 
     A wrong message, or a failing turn, ends the stream with its status. A
     client that was told each block can open another one with that history in
-    its `setup`.
+    its `setup`, and resume the turn that was under way.
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_generation_pb2.CountTokensRequest, _generation_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of a prompt as `Generate` would: with the chat template,
-    up to the point where the answer begins.
+    up to the point where the answer begins. UNAVAILABLE while the server shuts
+    down, like every other method of its services.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -140,19 +154,24 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
 
       INVALID_ARGUMENT    a value is wrong: `google.rpc.BadRequest` names each
                           field and its limit
+      UNAUTHENTICATED     the server wants a bearer token, and there is no good one
       NOT_FOUND           the model is not served
-      RESOURCE_EXHAUSTED  too many requests wait (`google.rpc.RetryInfo` says
-                          when to come again), or a message is too large
+      RESOURCE_EXHAUSTED  too many requests wait, or this client has as much as it
+                          may (`google.rpc.RetryInfo` says when to come again), or
+                          a message is too large
       UNIMPLEMENTED       an image, where the model has no vision
-      DEADLINE_EXCEEDED   the deadline passed, or would before work could start
+      DEADLINE_EXCEEDED   the deadline passed, or would before a first block
       CANCELLED           the client cancelled the call
-      UNAVAILABLE         the server is shutting down: ask another one
+      ABORTED             the client did not read for minutes: resume
+      UNAVAILABLE         the server is shutting down: ask another one, and resume
+                          what was under way
       INTERNAL            the engine failed; the message names the line in its log
 
     Requests are checked before they queue, so a wrong one fails with nothing
     sent. To abort a generation cancel the call, or set a deadline on it: the
     engine is free again within one denoising step. Without drafts a stream stays
-    silent for as long as a block takes.
+    silent for as long as a block takes. A stream that broke can be resumed where
+    it was: see `Resume`.
     """
 
     @_abc_1.abstractmethod
@@ -175,14 +194,15 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         The client's first message is `setup`, the later ones start and cancel
         turns. Turns are answered one at a time, in the order in which they were
         started; one that is started while another is open waits for it, at most 8
-        at a time: a further one is RESOURCE_EXHAUSTED. After the client has
+        at a time, those that were cancelled not counted: a further one is
+        RESOURCE_EXHAUSTED. After the client has
         half-closed, the server answers what was started and ends the stream with
         OK. A deadline on the call covers the whole conversation. A server that
         shuts down answers the open turn and then ends the stream with UNAVAILABLE.
 
         A wrong message, or a failing turn, ends the stream with its status. A
         client that was told each block can open another one with that history in
-        its `setup`.
+        its `setup`, and resume the turn that was under way.
         """
 
     @_abc_1.abstractmethod
@@ -192,7 +212,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CountTokensResponse, _abc.Awaitable[_generation_pb2.CountTokensResponse]]:
         """Counts the tokens of a prompt as `Generate` would: with the chat template,
-        up to the point where the answer begins.
+        up to the point where the answer begins. UNAVAILABLE while the server shuts
+        down, like every other method of its services.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,19 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64iffusiongemma/v1/options.proto\x12\x11\x64iffusiongemma.v1\x1a\x1egoogle/protobuf/duration.proto\"\xf0\x01\n\x11GenerationOptions\x12#\n\x16max_output_token_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x36\n\tdiffusion\x18\x03 \x01(\x0b\x32#.diffusiongemma.v1.DiffusionOptions\x12\x16\n\x0estop_sequences\x18\x04 \x03(\t\x12/\n\x06\x64rafts\x18\x05 \x01(\x0b\x32\x1f.diffusiongemma.v1.DraftOptionsB\x19\n\x17_max_output_token_countB\x07\n\x05_seed\"\x90\x03\n\x10\x44iffusionOptions\x12%\n\x18max_denoising_step_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rentropy_bound\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0ftemperature_min\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0ftemperature_max\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12 \n\x13stability_threshold\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1c\n\x0f\x65nd_token_guard\x18\x07 \x01(\x08H\x06\x88\x01\x01\x42\x1b\n\x19_max_denoising_step_countB\x10\n\x0e_entropy_boundB\x12\n\x10_temperature_minB\x12\n\x10_temperature_maxB\x16\n\x14_stability_thresholdB\x17\n\x15_confidence_thresholdB\x12\n\x10_end_token_guard\"q\n\x0c\x44raftOptions\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.diffusiongemma.v1.DraftMode\x12\x35\n\x12min_draft_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*N\n\tDraftMode\x12\x1a\n\x16\x44RAFT_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44RAFT_MODE_OFF\x10\x01\x12\x11\n\rDRAFT_MODE_ON\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x64iffusiongemma/v1/options.proto\x12\x11\x64iffusiongemma.v1\x1a\x1egoogle/protobuf/duration.proto\"\x9f\x02\n\x11GenerationOptions\x12#\n\x16max_output_token_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x11\n\x04seed\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x36\n\tdiffusion\x18\x03 \x01(\x0b\x32#.diffusiongemma.v1.DiffusionOptions\x12\x16\n\x0estop_sequences\x18\x04 \x03(\t\x12/\n\x06\x64rafts\x18\x05 \x01(\x0b\x32\x1f.diffusiongemma.v1.DraftOptions\x12-\n\x08priority\x18\x06 \x01(\x0e\x32\x1b.diffusiongemma.v1.PriorityB\x19\n\x17_max_output_token_countB\x07\n\x05_seed\"\x90\x03\n\x10\x44iffusionOptions\x12%\n\x18max_denoising_step_count\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rentropy_bound\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1c\n\x0ftemperature_min\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0ftemperature_max\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12 \n\x13stability_threshold\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12!\n\x14\x63onfidence_threshold\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1c\n\x0f\x65nd_token_guard\x18\x07 \x01(\x08H\x06\x88\x01\x01\x42\x1b\n\x19_max_denoising_step_countB\x10\n\x0e_entropy_boundB\x12\n\x10_temperature_minB\x12\n\x10_temperature_maxB\x16\n\x14_stability_thresholdB\x17\n\x15_confidence_thresholdB\x12\n\x10_end_token_guard\"q\n\x0c\x44raftOptions\x12*\n\x04mode\x18\x01 \x01(\x0e\x32\x1c.diffusiongemma.v1.DraftMode\x12\x35\n\x12min_draft_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*R\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x18\n\x14PRIORITY_INTERACTIVE\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*N\n\tDraftMode\x12\x1a\n\x16\x44RAFT_MODE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44RAFT_MODE_OFF\x10\x01\x12\x11\n\rDRAFT_MODE_ON\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'diffusiongemma.v1.options_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAFTMODE']._serialized_start=847
-  _globals['_DRAFTMODE']._serialized_end=925
+  _globals['_PRIORITY']._serialized_start=894
+  _globals['_PRIORITY']._serialized_end=976
+  _globals['_DRAFTMODE']._serialized_start=978
+  _globals['_DRAFTMODE']._serialized_end=1056
   _globals['_GENERATIONOPTIONS']._serialized_start=87
-  _globals['_GENERATIONOPTIONS']._serialized_end=327
-  _globals['_DIFFUSIONOPTIONS']._serialized_start=330
-  _globals['_DIFFUSIONOPTIONS']._serialized_end=730
-  _globals['_DRAFTOPTIONS']._serialized_start=732
-  _globals['_DRAFTOPTIONS']._serialized_end=845
+  _globals['_GENERATIONOPTIONS']._serialized_end=374
+  _globals['_DIFFUSIONOPTIONS']._serialized_start=377
+  _globals['_DIFFUSIONOPTIONS']._serialized_end=777
+  _globals['_DRAFTOPTIONS']._serialized_start=779
+  _globals['_DRAFTOPTIONS']._serialized_end=892
 # @@protoc_insertion_point(module_scope)

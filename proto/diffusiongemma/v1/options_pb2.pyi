@@ -22,6 +22,36 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_UNSPECIFIED: _Priority.ValueType  # 0
+    """The default: like `PRIORITY_INTERACTIVE`."""
+    PRIORITY_INTERACTIVE: _Priority.ValueType  # 1
+    """Somebody waits for the answer."""
+    PRIORITY_BATCH: _Priority.ValueType  # 2
+    """Nobody does: it gives way to interactive requests, also when it has begun,
+    but for a share of the places that keeps it from waiting for ever.
+    """
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper):
+    """Who goes first. It changes when tokens come, never which. Later versions may
+    add values.
+    """
+
+PRIORITY_UNSPECIFIED: Priority.ValueType  # 0
+"""The default: like `PRIORITY_INTERACTIVE`."""
+PRIORITY_INTERACTIVE: Priority.ValueType  # 1
+"""Somebody waits for the answer."""
+PRIORITY_BATCH: Priority.ValueType  # 2
+"""Nobody does: it gives way to interactive requests, also when it has begun,
+but for a share of the places that keeps it from waiting for ever.
+"""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
+
 class _DraftMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -60,6 +90,7 @@ class GenerationOptions(_message.Message):
     DIFFUSION_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     max_output_token_count: _builtins.int
     """Most tokens to generate, the end token not counted, in
     [1, what the context leaves]: as many whole canvases as fit between the
@@ -73,6 +104,8 @@ class GenerationOptions(_message.Message):
     options on the same server give the same tokens, whatever else it serves.
     Default: one that the server draws and `GenerationStarted` tells.
     """
+    priority: Global___Priority.ValueType
+    """Who goes first where there is not room for all."""
     @_builtins.property
     def diffusion(self) -> Global___DiffusionOptions:
         """The denoising loop."""
@@ -97,10 +130,11 @@ class GenerationOptions(_message.Message):
         diffusion: Global___DiffusionOptions | None = ...,
         stop_sequences: _abc.Iterable[_builtins.str] | None = ...,
         drafts: Global___DraftOptions | None = ...,
+        priority: Global___Priority.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_seed", b"_seed", "diffusion", b"diffusion", "drafts", b"drafts", "max_output_token_count", b"max_output_token_count", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_seed", b"_seed", "diffusion", b"diffusion", "drafts", b"drafts", "max_output_token_count", b"max_output_token_count", "seed", b"seed", "stop_sequences", b"stop_sequences"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_seed", b"_seed", "diffusion", b"diffusion", "drafts", b"drafts", "max_output_token_count", b"max_output_token_count", "priority", b"priority", "seed", b"seed", "stop_sequences", b"stop_sequences"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_output_token_count: _TypeAlias = _typing.Literal["max_output_token_count"]  # noqa: Y015
     _WhichOneofArgType__max_output_token_count: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count"]  # noqa: Y015
