@@ -15,7 +15,8 @@ from benchmarks.gpu.released_model import released_model, wide_model
 from export.config import ModelConfig
 from export.weights import Precision
 from runtime.engines.protocol import DenoiseRow, Readout
-from runtime.engines.torch import Model, Options
+from runtime.engines.torch import Model
+from runtime.engines.torch_options import Options
 from runtime.engines.torch_program import Rewrites
 
 PROMPTS = (300, 1400)

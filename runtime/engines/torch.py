@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from torch.fx.experimental import _config as symbolic_shapes
 
 from runtime.bundle import STEP_PROGRAM, WEIGHTS, Bundle, LayerFacts, ModelFacts, ProgramRecord
 from runtime.engines.protocol import (
-    ENCODE_CHUNK,
     DenoiseRow,
     EncodeRow,
     EngineOutOfMemory,
@@ -33,67 +32,15 @@ from runtime.engines.protocol import (
     Readout,
 )
 from runtime.engines.torch_calls import Buffer, Call, read
-from runtime.engines.torch_program import Fill, Rewrites, Steps, bind
+from runtime.engines.torch_inputs import denoise_inputs, encode_inputs
+from runtime.engines.torch_options import Options
+from runtime.engines.torch_program import Fill, Steps, bind
 from runtime.engines.torch_regions import compile_regions
 from runtime.engines.torch_weights import WeightsFile
 from runtime.errors import BundleError
 
 FULL_PAGES_LEAST = 16
 """Page tables are padded to a power of two of at least so many pages: a call of a length class is captured once."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where and how to run, and how much memory to give it; by default plainly, `serving` says what suits a device."""
-
-    device: str = "cpu"
-    """`cpu`, `cuda` or `cuda:1`."""
-    page_size: int = 64
-    """Tokens."""
-    canvas_slots: int = 8
-    """Canvases that can be denoised in turn."""
-    positions: int | None = None
-    """Positions that the full layers hold over all requests; None: as many as one sequence may span, at least 4096 a
-    slot."""
-    encode_chunk: int = ENCODE_CHUNK
-    """Most tokens of an encode row: a prompt is done sooner with longer ones and open canvases wait longer."""
-    encode_bucket: int = 1
-    """Encode rows are padded to multiples of so many tokens, so that few shapes occur."""
-    batch: int = 1
-    """Most rows of one denoise call; the calls' numbers of rows are rounded up to powers of two."""
-    compiler: str | None = None
-    """Backend of `torch.compile`; None runs the graph node by node."""
-    graphs: bool = False
-    """Capture CUDA graphs of calls of a canvas' length."""
-    beside: bool = False
-    """Run the dense feed-forward beside the experts on a second CUDA stream."""
-    rewrites: Rewrites = field(default_factory=Rewrites)
-
-    @classmethod
-    def serving(cls, device: str, canvas_slots: int) -> Options:
-        """What serves well there: on a GPU compiled code in graphs, and longer prompt chunks, which it needs to be
-        busy."""
-        plain = cls(device, canvas_slots=canvas_slots)
-        if torch.device(device).type == "cpu":
-            return plain
-        fast = {"encode_chunk": 2048, "encode_bucket": 256, "batch": 16}
-        return replace(plain, **fast, compiler="inductor", graphs=True, beside=True)
-
-    def geometry(self, facts: ModelFacts) -> PoolGeometry:
-        """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""
-        positions = self.positions or max(facts.max_position, 4096 * self.canvas_slots)
-        window = facts.sliding_window - 1 + max(facts.canvas_length, self.encode_chunk)
-        sliding_pages = self.canvas_slots * ((window - 2) // self.page_size + 2)
-        return PoolGeometry(
-            page_size=self.page_size,
-            sliding_pages=sliding_pages,
-            full_pages=-(-positions // self.page_size),
-            canvas_slots=self.canvas_slots,
-            rows_per_call=self.batch,
-            encode_chunk=self.encode_chunk,
-            # Where rows share calls their bits depend on how many there are anyway.
-            prefix_step=None if self.batch == 1 else self.page_size,
-        )
 
 
 @dataclass(frozen=True)
@@ -217,7 +164,7 @@ class TorchEngine:
             for kind, step in (("encode", steps.encode), ("denoise", steps.denoise))
             for alone in (True, False)
         }
-        self._derive = {"encode": compiled(_encode_inputs), "denoise": compiled(_denoise_inputs)}
+        self._derive = {"encode": compiled(encode_inputs), "denoise": compiled(denoise_inputs)}
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream) if self._cuda else nullcontext()
@@ -351,40 +298,6 @@ class TorchEngine:
             output.copy_(value)
 
 
-def _encode_inputs(
-    window: int, token_ids: Tensor, start: Tensor, sliding_table: Tensor, sliding_base: Tensor, full_table: Tensor
-) -> dict[str, Tensor]:
-    """The step's inputs for encode rows, from what the host hands over."""
-    positions = start[:, None] + torch.arange(token_ids.shape[1], device=start.device)
-    oldest = (positions - (window - 1)).clamp(min=0)
-    intervals = (oldest, positions + 1, torch.zeros_like(positions), positions + 1)
-    tables = (sliding_table, sliding_base, full_table)
-    return {"token_ids": token_ids, "start": start, **_visibility(intervals, tables)}
-
-
-def _denoise_inputs(
-    window: int,
-    states: Tensor,
-    slots: Tensor,
-    first_step: Tensor,
-    token_ids: Tensor,
-    start: Tensor,
-    sliding_table: Tensor,
-    sliding_base: Tensor,
-    full_table: Tensor,
-    **readout: Tensor,
-) -> dict[str, Tensor]:
-    """The step's inputs for denoise rows, from what the host hands over and the self-conditioning states."""
-    shape = token_ids.shape
-    # Every token of a canvas sees the same window: the last w - 1 positions before the canvas, and the canvas.
-    oldest = (start - (window - 1)).clamp(min=0)[:, None].expand(shape).contiguous()
-    end = (start + shape[1])[:, None].expand(shape).contiguous()
-    condition = torch.where(first_step[:, None, None], 0, states.index_select(0, slots))
-    tables = (sliding_table, sliding_base, full_table)
-    visibility = _visibility((oldest, end, torch.zeros_like(end), end), tables)
-    return {"token_ids": token_ids, "start": start, "self_conditioning": condition, **readout, **visibility}
-
-
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """What a call raises where the device's memory is too small for it; states and pool are as before it, but for
@@ -394,18 +307,6 @@ def _memory_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise EngineOutOfMemory(str(error)) from error
-
-
-def _visibility(intervals: tuple[Tensor, ...], tables: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
-    """The step's inputs that say what the rows see."""
-    sliding_table, sliding_base, full_table = tables
-    return {
-        **dict(zip(("sliding_kv_start", "sliding_kv_end", "full_kv_start", "full_kv_end"), intervals, strict=True)),
-        "sliding_page_table": sliding_table,
-        "sliding_page_base": sliding_base,
-        "full_page_table": full_table,
-        "full_page_base": torch.zeros_like(sliding_base),
-    }
 
 
 def _write_row(host: Mapping[str, Any], index: int, tables: Mapping[str, Any]) -> None:
@@ -419,7 +320,7 @@ def _write_row(host: Mapping[str, Any], index: int, tables: Mapping[str, Any]) -
 def _mark_dynamic(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:
     """Compile for any size of these axes, not one time for each that comes."""
     for name, axis in axes.items():
-        torch._dynamo.maybe_mark_dynamic(tensors[name], axis)  # type: ignore[attr-defined]
+        torch._dynamo.maybe_mark_dynamic(tensors[name], axis)
 
 
 def _state_dtype(model: Model) -> torch.dtype:

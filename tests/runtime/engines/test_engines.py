@@ -23,6 +23,7 @@ from runtime.bundle import WEIGHTS, Bundle
 from runtime.engines import torch as torch_engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine, Prefix, Readout
+from runtime.engines.torch_options import Options as TorchOptions
 from runtime.engines.torch_weights import WeightsFile
 
 SLACK = 4.0
@@ -45,7 +46,7 @@ def _program(directory: Path) -> ExportedProgram:
 
 
 def _torch(bundle: Bundle) -> Engine:
-    options = torch_engine.Options("cpu", PAGE, canvas_slots=4, positions=1024)
+    options = TorchOptions("cpu", PAGE, canvas_slots=4, positions=1024)
     with WeightsFile(bundle.path(WEIGHTS), bundle.manifest.tensors, torch.device("cpu")) as weights:
         model = torch_engine.Model.of(bundle, _program(bundle.directory), weights.fill)
         return torch_engine.TorchEngine(model, options)

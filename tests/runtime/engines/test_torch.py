@@ -21,7 +21,8 @@ from torch.export import ExportedProgram
 from runtime.bundle import MANIFEST, STEP_PROGRAM, WEIGHTS, Bundle, FileRecord, Manifest, TensorRecord, sha256
 from runtime.engines import torch_weights
 from runtime.engines.protocol import DenoiseRow, EncodeRow, EngineOutOfMemory, Prefix, Readout
-from runtime.engines.torch import Model, Options, TorchEngine, read_program
+from runtime.engines.torch import Model, TorchEngine, read_program
+from runtime.engines.torch_options import Options
 from runtime.engines.torch_program import Rewrites, Steps, bind
 from runtime.engines.torch_regions import compile_regions
 from runtime.engines.torch_weights import WeightsFile
