@@ -102,7 +102,7 @@ def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
 def wide_tiles(gpu: Gpu, query: Tensor) -> tuple[Tiles, Tiles]:
     """Blocks of the two products, which share rows and keys."""
     if query.element_size() > 2:
-        tiles = Tiles(rows=64, keys=64, step=16, columns=64, warps=4, stages=2)
+        tiles = Tiles(rows=64, keys=64, step=32, columns=128, warps=4, stages=2)
         return tiles, tiles
     if gpu.is_large:
         tiles = Tiles(rows=128, keys=256, step=64, columns=256, warps=8, stages=3)

@@ -27,7 +27,7 @@ LARGER = [
     Rows("pages that no tile of keys divides", starts=(90,), tokens=9, page_size=24, pages=5, window=70),
     Rows("three query heads a K/V head: a tile ends inside a token's", tokens=50, heads=6, causal=True),
     Rows("wide heads: a canvas behind prefixes of different lengths", starts=(9, 70), page_size=32, pages=3, **WIDE),
-    Rows("wide heads: causal rows, many tiles of which are not seen", tokens=40, causal=True, window=3, **WIDE),
+    Rows("wide heads: causal rows, many tiles of which are not seen", tokens=20, causal=True, window=3, **WIDE),
     Rows("wide heads: no prefix and no pages", starts=(0,), pages=0, **WIDE),
 ]  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_attention(case: Rows, dtype: torch.dtype, interpreter: Interpreter) -> 
 @pytest.mark.parametrize("causal", [False, True], ids=["canvas", "causal"])
 def test_weights_of_wide_heads_are_stored_in_chunks(causal: bool, interpreter: Interpreter) -> None:
     """Catches a chunk that forgets what those before it left, and rows that see nothing in some chunks."""
-    case = Rows("", starts=(190,), tokens=12, page_size=64, pages=4, causal=causal, window=150, **WIDE)
+    case = Rows("", starts=(150,), tokens=10, page_size=64, pages=3, causal=causal, window=120, **WIDE)
     inputs = arguments(case)
     got = interpreter(kernel.canvas_attention, *inputs, scratch_bytes=1)
     assert error(case, inputs, got) <= bound(case, inputs)
