@@ -2,7 +2,8 @@
 
 A call is of one kind: chunks are encoded, or canvases denoised. Three rules, in this order:
 
-1. INTERACTIVE requests lead three calls of four while they have something to do, BATCH requests the fourth.
+1. INTERACTIVE requests lead three calls of four while they have something to do, BATCH requests the fourth; and three
+   of four encode calls while they have something to encode, since those are few where many canvases are open.
 2. After an encode call every canvas of the leader's priority or above that could be denoised then is denoised once
    before the next encode call: a long prompt delays an open canvas by at most one call of `encode_tokens` a step.
 3. Clients take turns, and each client's requests do, by when they were last served. Free places of a call go to
@@ -33,8 +34,8 @@ class Turns(Generic[T]):
     def __init__(self, encode_tokens: int) -> None:
         """Encode calls of several rows hold at most `encode_tokens` tokens together."""
         self._encode_tokens = encode_tokens
-        self._calls = self._passed_over = 0
-        """Calls made, and how many of them since BATCH requests last led one that they could have led."""
+        self._calls = self._passed_over = self._encodes_passed_over = 0
+        """Calls made; and since BATCH requests last led one, calls and encode calls that they would have led."""
         self._owed: set[Ticket[T]] = set()
         """Tickets whose canvases are denoised before the next encode call."""
         self._clients: dict[str, int] = {}
@@ -67,9 +68,14 @@ class Turns(Generic[T]):
         """Whether the call that `leader` would lead encodes (True) or denoises; None where it must not encode yet."""
         own = [wanted for ticket, wanted in needs.items() if ticket.priority == leader]
         owed = any(ticket.priority >= leader for ticket in self._owed)
-        if any(wanted != DENOISE for wanted in own) and not owed:
+        if leader in _encoders(needs) and not owed and not self._leaves_encoding(needs, leader):
             return True
         return False if DENOISE in own else None
+
+    def _leaves_encoding(self, needs: Mapping[Ticket[T], int], leader: Priority) -> bool:
+        """Whether BATCH requests lead, and the next encode call is one of the INTERACTIVE ones' three."""
+        contested = leader == Priority.BATCH and Priority.INTERACTIVE in _encoders(needs)
+        return contested and self._encodes_passed_over < INTERACTIVE_CALLS
 
     def _call(self, needs: Mapping[Ticket[T], int], leader: Priority, encode: bool, rows: int) -> list[Ticket[T]]:
         """As many as a call holds; the first one always fits."""
@@ -84,9 +90,10 @@ class Turns(Generic[T]):
 
     def _serve(self, needs: Mapping[Ticket[T], int], chosen: list[Ticket[T]], leader: Priority) -> list[Ticket[T]]:
         """Remember who was served and who is owed a step."""
-        waiting = leader == Priority.INTERACTIVE and any(ticket.priority == Priority.BATCH for ticket in needs)
-        self._passed_over = self._passed_over + 1 if waiting else 0
+        leads = leader == Priority.BATCH
+        self._passed_over = 0 if leads or all(ticket.priority == leader for ticket in needs) else self._passed_over + 1
         if needs[chosen[0]] != DENOISE:
+            self._encodes_passed_over = 0 if leads else self._encodes_passed_over + (Priority.BATCH in _encoders(needs))
             self._owed = {ticket for ticket, wanted in needs.items() if wanted == DENOISE}
         self._owed.difference_update(chosen)
         self._calls += 1
@@ -102,3 +109,8 @@ class Turns(Generic[T]):
         clients = sorted(by_client, key=self._clients.__getitem__)
         rounds = zip_longest(*(by_client[client] for client in clients))
         return [ticket for ticket in chain.from_iterable(rounds) if ticket is not None]
+
+
+def _encoders(needs: Mapping[Ticket[T], int]) -> set[Priority]:
+    """The priorities that have something to encode."""
+    return {ticket.priority for ticket, wanted in needs.items() if wanted != DENOISE}

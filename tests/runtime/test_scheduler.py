@@ -375,6 +375,17 @@ def test_who_is_parked_keeps_its_memory_for_a_while() -> None:
     assert desk.scheduler.wake_at() == 15.0
 
 
+def test_encode_calls_are_shared_out_too() -> None:
+    """Catches batch prompts that take every chance to encode, which is rare beside many canvases, and none at all."""
+    desk = Desk(Limits())
+    for name in ("a", "b", "c", "prompt", "batch prompt"):
+        desk.submit(name, priority=Priority.BATCH if name == "batch prompt" else Priority.INTERACTIVE)
+    desk.admit()
+    needs = dict.fromkeys("abc", 0) | {"prompt": 256, "batch prompt": 256}
+    names = [name for [name] in served(desk, needs, 4 * 16)]
+    assert (names.count("prompt"), names.count("batch prompt")) == (12, 4)
+
+
 def test_batch_requests_give_way_and_come_back() -> None:
     """The newest first, as many as are needed; whoever gave way is next of its kind."""
     desk = Desk(Limits(max_active=3))
