@@ -7,6 +7,9 @@
 4. A signal turns them NOT_SERVING. New requests get UNAVAILABLE, open ones may end within the grace time, which a
    second signal ends; what is left then ends with UNAVAILABLE.
 5. The engine's thread ends and gives its memory back.
+
+An engine that hangs ends the process too: NOT_SERVING, UNAVAILABLE for everybody, and an exit code that makes a
+supervisor start another one.
 """
 
 from __future__ import annotations
@@ -31,12 +34,19 @@ LIVENESS_INTERVAL = 1.0
 """Seconds between two looks at the engine's thread: as long as a dead server may call itself SERVING."""
 
 
+STALL = 300.0
+"""Seconds; the slowest call there should be is a chunk of 256 tokens through 25 billion parameters on a few cores."""
+
 OPEN = SecuritySettings()
 """No encryption, no tokens, no limits."""
 
 
 class EngineDied(DgemmaError):
     """The engine's thread has ended, so that nothing more can be answered."""
+
+
+class EngineStalled(DgemmaError):
+    """A call of the engine does not return. What holds it may hold the process's end up too: leave by `os._exit`."""
 
 
 class Signals:
@@ -59,6 +69,7 @@ async def serve(
     grace: float,
     announce: Callable[[str], None] = lambda address: None,
     security: SecuritySettings = OPEN,
+    stall: float = STALL,
 ) -> bool:
     """Serve what `load` returns until SIGTERM or SIGINT, then drain.
 
@@ -68,6 +79,7 @@ async def serve(
         grace: seconds that open requests have to end after the signal; a second signal ends them.
         announce: told the address once the services are SERVING.
         security: certificates, tokens and limits; by default none.
+        stall: seconds that a call of the engine may take.
 
     Returns:
         False where the signal came before anything was served; `load` then still runs.
@@ -77,6 +89,7 @@ async def serve(
         UnusableFile: a file of the security settings cannot be used.
         BundleError: the bundle cannot be loaded.
         EngineDied: the engine's thread ended; another process should take over.
+        EngineStalled: the engine hangs, and clients were sent away; the engine is not closed.
     """
     signals = Signals()
     began = time.monotonic()
@@ -86,11 +99,15 @@ async def serve(
     if served is None:
         _log("stopped", loaded=False)
         return False
+    stalled = False
     try:
         await server.start(served)
         _log("serving", address=server.address, model=served.facts.name, seconds=round(time.monotonic() - began, 3))
         announce(server.address)
-        await _until(signals.requested, served.runner)
+        stalled = await _until(signals.requested, served.runner, stall)
+        if stalled:
+            await server.abandon()
+            raise EngineStalled(f"the engine has not returned from a call for {stall:g} s; the process ends")
         _log("draining", grace=grace)
         drained = await server.stop(grace, signals.hurried)
         _log("stopped", drained=drained)
@@ -98,7 +115,8 @@ async def serve(
             raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
         return True
     finally:
-        await on_own_thread(served.runner.close)
+        if not stalled:
+            await on_own_thread(served.runner.close)
 
 
 async def _loaded(load: Callable[[], Served], requested: asyncio.Event) -> Served | None:
@@ -129,11 +147,19 @@ async def _loaded(load: Callable[[], Served], requested: asyncio.Event) -> Serve
     return outcome[0]
 
 
-async def _until(requested: asyncio.Event, runner: Runner) -> None:
-    """Wait for the signal, or for the end of the engine's thread, which nothing tells of: it is looked for."""
+async def _until(requested: asyncio.Event, runner: Runner, stall: float) -> bool:
+    """Wait for the signal, the end of the engine's thread, or its standing still: the latter two are looked for.
+
+    Returns:
+        Whether it stands still.
+    """
     while runner.alive and not requested.is_set():
+        if runner.stalled_for > stall:
+            _log("stalled", seconds=stall)
+            return True
         with suppress(TimeoutError):
             await asyncio.wait_for(requested.wait(), LIVENESS_INTERVAL)
+    return False
 
 
 def _log(event: str, **fields: object) -> None:

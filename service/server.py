@@ -94,6 +94,13 @@ class Server:
         await self._server.stop(None)
         return drained
 
+    async def abandon(self) -> None:
+        """Turn NOT_SERVING and end all calls with UNAVAILABLE, whatever the runner does."""
+        self._calls.drain()
+        await self._health.enter_graceful_shutdown()
+        self._threads.close()
+        await self._server.stop(None)
+
 
 def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredentials | None) -> int:
     """The port that was got."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from service.cli.exits import FAILED
 from service.cli.options import DEFAULT_ADDRESS, Seconds
 from service.cli.security import security_options, security_settings
 
@@ -75,6 +76,14 @@ from service.cli.security import security_options, security_settings
     "A second signal ends them at once.",
 )
 @click.option(
+    "--stall-timeout",
+    "stall",
+    type=Seconds(min_open=True),
+    default=300.0,
+    show_default=True,
+    help="Seconds after which a call of the engine is taken to hang: the process then ends, for its supervisor.",
+)
+@click.option(
     "--verify-checksums/--no-verify-checksums",
     default=True,
     show_default=True,
@@ -99,6 +108,7 @@ def command(
     max_waiting: int,
     min_draft_interval: float,
     grace: float,
+    stall: float,
     verify_checksums: bool,
     log_level: str,
     security: dict[str, Any],
@@ -110,14 +120,20 @@ def command(
     """
     # Imported here: the engine takes longer to load than `--help` should.
     from service import logs
-    from service.lifetime import serve
+    from service.lifetime import EngineStalled, serve
     from service.loading import Settings, load
 
     logs.configure(log_level)
     settings = Settings(
         bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums, engine=engine, device=device
     )
-    if not asyncio.run(serve(address, partial(load, settings), grace, announce, security_settings(security))):
+    serving = serve(address, partial(load, settings), grace, announce, security_settings(security), stall)
+    try:
+        served = asyncio.run(serving)
+    except EngineStalled as error:
+        click.echo(f"Error: {error}", err=True)
+        os._exit(FAILED)
+    if not served:
         # The engine is still being loaded, and its library aborts a process that ends in an orderly way meanwhile.
         os._exit(0)
 

@@ -17,7 +17,7 @@ import msgspec
 
 import service.intake
 from service import logs
-from service.lifetime import serve
+from service.lifetime import STALL, serve
 from service.security import SecuritySettings
 from service.served import Served
 from tests.service.support import PacedMailbox, make_served
@@ -51,7 +51,8 @@ def main() -> None:
 
     address, grace = options.get("address", "127.0.0.1:0"), options.get("grace", 30.0)
     security = msgspec.convert(options.get("security", {}), SecuritySettings, dec_hook=lambda kind, value: kind(value))
-    asyncio.run(serve(address, load, grace, lambda bound: print(bound, flush=True), security))
+    stall = options.get("stall", STALL)
+    asyncio.run(serve(address, load, grace, lambda bound: print(bound, flush=True), security, stall))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,27 @@ def test_waiting_for_a_server_that_is_not_there_yet(tmp_path: Path) -> None:
     with fake_server(tmp_path, address=address):
         waiting.join(60)
     assert outcome == [None]
+
+
+def test_a_server_whose_engine_hangs_ends(tmp_path: Path) -> None:
+    """Catches a server that stays SERVING, and its clients waiting, while a call of the engine never returns."""
+    with (
+        fake_server(tmp_path, answers={"go": LONG}, hold=["denoise", 2], stall=0.2) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        states = watch(channel, "")
+        assert next(states).status == Status.SERVING
+        with pytest.raises(CallFailed) as caught:
+            list(server.client.generate("go", timeout=60))
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert [state.status for state in _until_broken(states)] == [Status.NOT_SERVING]
+        assert server.exit_code() != 0
+        assert "stalled" in server.log()
+
+
+def _until_broken(states: Iterator[Any]) -> Iterator[Any]:
+    with suppress(grpc.RpcError):
+        yield from states
 
 
 def test_a_server_whose_engine_has_died_ends(tmp_path: Path) -> None:
