@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 from runtime.errors import DgemmaError
@@ -31,6 +32,17 @@ def check_free(address: str) -> None:
         _check_unix(address)
     else:
         _check_tcp(address)
+
+
+def stays_here(address: str) -> bool:
+    """Whether only programs on this machine can be at both ends of a connection to `address`."""
+    host = address.rpartition(":")[0].strip("[]")
+    if address.startswith(UNIX) or host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which whoever answers for it can send anywhere
+        return False
 
 
 def with_port(address: str, port: int) -> str:

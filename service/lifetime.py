@@ -24,6 +24,7 @@ from contextlib import suppress
 
 from runtime.errors import DgemmaError
 from runtime.runner import Runner
+from service.address import stays_here
 from service.security import Security, SecuritySettings
 from service.served import Served
 from service.server import Server, on_own_thread
@@ -94,7 +95,9 @@ async def serve(
     signals = Signals()
     began = time.monotonic()
     server = Server(address, Security(security))
-    _log("bound", address=server.address)
+    _log("bound", address=server.address, encrypted=security.tls is not None)
+    if security.tls is None and not stays_here(address):
+        logger.warning("unencrypted", extra={"fields": {"why": "prompts, answers and tokens can be read on the way"}})
     served = await _loaded(load, signals.requested)
     if served is None:
         _log("stopped", loaded=False)

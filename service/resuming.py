@@ -11,6 +11,7 @@ from grpc import StatusCode
 
 from runtime.events import Event
 from runtime.request import SamplingOverrides
+from runtime.ticket import Priority
 from service.client import CallFailed, Client, Prompt
 from service.progress import Progress
 
@@ -64,6 +65,7 @@ def generate(
     sampling: SamplingOverrides | None = None,
     *,
     draft_interval: float | None = None,
+    priority: Priority = Priority.INTERACTIVE,
     timeout: float,
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Event]:
@@ -74,6 +76,7 @@ def generate(
         prompt: what is asked.
         sampling: settings.
         draft_interval: least seconds between two drafts; None for no drafts.
+        priority: who goes first where there is not room for all.
         timeout: seconds for the whole answer.
         guard: entered while a call is made.
 
@@ -87,6 +90,7 @@ def generate(
                 prompt,
                 progress.sampling or sampling,
                 draft_interval=draft_interval,
+                priority=priority,
                 committed_ids=progress.committed_ids,
                 timeout=retries.remaining,
             )

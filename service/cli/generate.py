@@ -8,6 +8,7 @@ from rich.console import Console
 from runtime.events import Finished, FinishReason
 from runtime.prompt import Message, Role
 from runtime.request import SamplingOverrides
+from runtime.ticket import Priority
 from service.cli.answer import Answer, PlainAnswer, answer_on
 from service.cli.connection import connected, uninterrupted
 from service.cli.options import prompt_text, sampling_options, timeout_option
@@ -26,6 +27,7 @@ DRAFT_INTERVAL = 0.05
 @click.option(
     "--drafts/--no-drafts", default=None, help="Show blocks while they are denoised; by default on a terminal."
 )
+@click.option("--batch", is_flag=True, help="Nobody waits for the answer: let requests of people go first.")
 @click.option("--stats", is_flag=True, help="Tell tokens, blocks, steps and times on standard error at the end.")
 @sampling_options
 def command(
@@ -34,6 +36,7 @@ def command(
     timeout: float,
     system: str | None,
     drafts: bool | None,
+    batch: bool,
     stats: bool,
     sampling: SamplingOverrides,
 ) -> None:
@@ -53,6 +56,7 @@ def command(
             [*messages, Message(Role.USER, text)],
             sampling,
             draft_interval=DRAFT_INTERVAL if live else None,
+            priority=Priority.BATCH if batch else Priority.INTERACTIVE,
             timeout=timeout,
             guard=uninterrupted,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from service.address import stays_here
 from service.cli.exits import Failure
 from service.cli.options import DEFAULT_ADDRESS
 
@@ -69,7 +70,7 @@ def _target(
         raise click.UsageError("--tls-cert and --tls-key go together")
     encrypted = tls or tls_ca is not None or tls_cert is not None
     token = _token(token_file)
-    if token is not None and not encrypted and not _stays_here(address):
+    if token is not None and not encrypted and not stays_here(address):
         raise click.UsageError(f"a token would travel to {address} unencrypted; add --tls or --tls-ca")
     return Target(address, Credentials(encrypted, tls_ca, tls_cert, tls_key, token))
 
@@ -84,9 +85,3 @@ def _token(file: Path | None) -> str | None:
     if not (token and token.isascii() and token.isprintable()):
         raise Failure(f"{file} holds no token: one line of printable ASCII is wanted")
     return token
-
-
-def _stays_here(address: str) -> bool:
-    """Whether what is sent there does not leave this machine."""
-    host = address.rpartition(":")[0].strip("[]")
-    return address.startswith("unix:") or host in ("localhost", "::1") or host.startswith("127.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.address import AddressTaken, check_free
+from service.address import AddressTaken, check_free, stays_here
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,27 @@ def test_what_is_no_address_is_told(address: str, says: str) -> None:
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "0.0.0.0:0"])
 def test_a_free_address_is_free(address: str) -> None:
     check_free(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        ("127.0.0.1:1", True),
+        ("127.9.9.9:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("unix:/a:b", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("example.com:1", False),
+        ("localhost.example.com:1", False),
+        ("127.example.com:1", False),
+        ("10.0.0.1:1", False),
+    ],
+)
+def test_what_stays_on_this_machine(address: str, here: bool) -> None:
+    """Catches a name that only looks like one's own, to which a token would travel in the clear."""
+    assert stays_here(address) == here
 
 
 def test_one_taken_address_of_a_name_is_enough() -> None:

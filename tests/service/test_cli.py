@@ -64,6 +64,10 @@ def test_generate_reads_a_piped_prompt(server: ServerProcess) -> None:
     assert run(server, "generate", "-", stdin="long").stdout == LONG
 
 
+def test_generate_lets_others_go_first(server: ServerProcess) -> None:
+    assert run(server, "generate", "long", "--batch").stdout == LONG
+
+
 def test_generate_tells_what_it_took(server: ServerProcess) -> None:
     result = run(server, "generate", "long", "--stats", "--max-tokens", "40")
     assert result.stdout == LONG[:40] + "\n"

@@ -18,7 +18,7 @@ from runtime.engines.fake import FACTS
 from service.authentication import Authenticator
 from service.interceptor import StatusInterceptor
 from service.server import SERVICES
-from service.transport import MAX_MESSAGE_BYTES
+from service.transport import MAX_MESSAGE_BYTES, OPTIONS
 from tests.service.support import CONTROL, DEFAULTS, END, failure_of, finished, message, request, serving
 
 
@@ -105,6 +105,20 @@ async def test_metadata_beyond_the_limit_is_refused(tmp_path: Path) -> None:
         call = harness.generation.Generate(request("hello"), timeout=30, metadata=metadata)
         assert (await failure_of(call)).code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert await finished(harness.generation.Generate(request("hello"), timeout=30))
+
+
+async def test_a_connection_has_an_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream that stands ends well on the old connection; the next call opens another one, and nobody notices."""
+    young = [option for option in OPTIONS if option[0] != "grpc.max_connection_age_ms"]
+    monkeypatch.setattr("service.server.OPTIONS", (*young, ("grpc.max_connection_age_ms", 200)))
+    async with serving(tmp_path) as harness:
+        with harness.engine.hold("denoise", 2):
+            call = asyncio.create_task(finished(harness.generation.Generate(request("hello"), timeout=60)))
+            await harness.runner.submitted()
+            while (state := harness.channel.get_state()) is not grpc.ChannelConnectivity.IDLE:
+                await asyncio.wait_for(harness.channel.wait_for_state_change(state), 30)
+            assert (await harness.models.GetModel(model_pb2.GetModelRequest(), timeout=30)).model.name == "fake"
+        assert await call
 
 
 class Handlers:
