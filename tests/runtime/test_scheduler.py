@@ -191,7 +191,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.scheduler.admit().admitted == []
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
 
 
@@ -398,6 +398,22 @@ def test_batch_requests_give_way_and_come_back() -> None:
     assert [ticket.work for ticket in admission.admitted] == ["watched"]
     desk.scheduler.finish(watched)
     assert desk.admit() == ["second", "third"]
+
+
+def test_a_request_can_come_in_and_give_way_at_once() -> None:
+    """Catches a request that is said to be admitted and holds nothing: an older one of another client came after it."""
+    desk = Desk(Limits(max_active=1, ageing=30.0))
+    held = desk.submit("held")
+    desk.admit()
+    desk.submit("new", client="b", priority=Priority.BATCH)
+    old = desk.submit("old", client="a", priority=Priority.BATCH)
+    old.submitted = -30.0
+    desk.scheduler.finish(held)
+    admission = desk.scheduler.admit()
+    assert ([ticket.work for ticket in admission.admitted], admission.sent_back) == (["old"], [])
+    assert [ticket.work for ticket in desk.scheduler.active] == ["old"]
+    desk.scheduler.finish(old)
+    assert desk.admit() == ["new"]
 
 
 def test_batch_requests_do_not_starve() -> None:
