@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir import AttributeType
 from torch import Tensor
@@ -49,17 +51,46 @@ def function() -> ir.Function:
     cached_values = body.Reshape(body.Gather(value_pool, page_table, axis=0), joined_pages)
     keys = body.Concat(cached_keys, body.Reshape(key, merged), axis=1)
     values = body.Concat(cached_values, body.Reshape(value, merged), axis=1)
-    mask = body.CastLike(_mask(body, query, key_pool, page_table, page_base, start, kv_start, kv_end), query)
-    attended = body.Attention(
-        body.Reshape(query, merged),
-        keys,
-        values,
-        mask,
+    states = [body.Reshape(query, merged), keys, values]
+    rows = [query, key_pool, page_table, page_base, start, kv_start, kv_end]
+    # A canvas mostly sees all that is there: no mask is then made, nor added to the scores.
+    plain, masked = FunctionBody(f"{body.name}_plain", []), FunctionBody(f"{body.name}_masked", [])
+    attended = body.If(
+        _all_seen(body, *rows[1:]),
+        then_branch=plain.graph(_attention(plain, states)),
+        else_branch=masked.graph(_attention(masked, [*states, _mask(masked, *rows)])),
+    )
+    return body.finish(body.Reshape(attended, body.Shape(query)))
+
+
+def _attention(body: FunctionBody, inputs: Sequence[Value]) -> Value:
+    return body.Attention(
+        *inputs,
         q_num_heads=ir.RefAttr("q_num_heads", "heads", AttributeType.INT),
         kv_num_heads=ir.RefAttr("kv_num_heads", "kv_heads", AttributeType.INT),
         scale=1.0,
     )
-    return body.finish(body.Reshape(attended, body.Shape(query)))
+
+
+def _all_seen(
+    body: FunctionBody,
+    key_pool: Value,
+    page_table: Value,
+    page_base: Value,
+    start: Value,
+    kv_start: Value,
+    kv_end: Value,
+) -> Value:
+    """Whether every token sees every slot of its row's table and every token of the row, a bool scalar."""
+    along, slots = body.integers(1), body.Mul(body.dimension(page_table, 1), body.dimension(key_pool, 1))
+    from_first = body.LessOrEqual(body.ReduceMax(kv_start, along, keepdims=0), page_base)
+    to_last = body.GreaterOrEqual(
+        body.ReduceMin(kv_end, along, keepdims=0), body.Add(start, body.dimension(kv_start, 1))
+    )
+    # The last slot of the table, too, holds a token of the prefix.
+    filled = body.LessOrEqual(body.Add(page_base, slots), start)
+    rows = body.And(body.And(from_first, to_last), filled)
+    return body.Cast(body.ReduceMin(body.Cast(rows, to=ir.DataType.INT32), keepdims=0), to=ir.DataType.BOOL)
 
 
 def _mask(
@@ -72,7 +103,7 @@ def _mask(
     kv_start: Value,
     kv_end: Value,
 ) -> Value:
-    """0 or HIDDEN per token and key, `[B, 1, S, T]` float32; the same nodes in all layers of a type."""
+    """0 or HIDDEN per token and key, `[B, 1, S, T]` in the query's dtype."""
     zero, one, last = body.integer(0), body.integer(1), body.integers(-1)
     slots = body.Squeeze(body.Mul(body.dimension(page_table, 1), body.dimension(key_pool, 1)))
     tokens = body.Squeeze(body.dimension(kv_start, 1))
@@ -86,4 +117,5 @@ def _mask(
         body.GreaterOrEqual(positions, body.Unsqueeze(kv_start, last)),
         body.Less(positions, body.Unsqueeze(kv_end, last)),
     )
-    return body.Unsqueeze(body.Where(seen, body.number(0.0), body.number(HIDDEN)), body.integers(1))
+    mask = body.Unsqueeze(body.Where(seen, body.number(0.0), body.number(HIDDEN)), body.integers(1))
+    return body.CastLike(mask, query)

@@ -115,7 +115,8 @@ def _two_largest(body: FunctionBody, capped: Value, vocab_size: int) -> tuple[Va
         axis=2,
     )
     index = body.Add(body.Mul(block, body.integer(size)), inside)
-    return index, *(body.ReduceMax(values, body.integers(-1), keepdims=1) for values in (maxima, others))
+    largest, second = (body.ReduceMax(values, body.integers(-1), keepdims=1) for values in (maxima, others))
+    return index, largest, second
 
 
 def _open(body: FunctionBody, lead: Value, uniform: Value) -> Value:

@@ -221,7 +221,7 @@ def _session(bundle: Bundle, options: Options) -> ort.InferenceSession:
     settings.enable_mem_pattern = False
     if options.profile_prefix is not None:
         settings.enable_profiling, settings.profile_file_prefix = True, options.profile_prefix
-    # Told the pool's shape, ONNX Runtime sees that all layers of a type have the same mask and makes it once.
+    # Told the pool's shape, ONNX Runtime sees that all layers of a type ask the same of their rows and asks it once.
     pool = options.geometry(bundle.manifest.model)
     for name, size in (("sliding_pages", pool.sliding_pages), ("full_pages", pool.full_pages)):
         settings.add_free_dimension_override_by_name(name, size * pool.page_size)

@@ -17,7 +17,18 @@ NAMES = (
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.catches)
+# Six pages of four slots: a canvas at 24 sees them all and needs no mask; each case but the first lacks one thing.
+ALL_SEEN = [
+    Rows("every slot is seen: the answer without a mask", starts=(24,)),
+    Rows("every slot but the first, which is left of the window", starts=(24,), window=24),
+    Rows("every slot but the last, which is empty", starts=(23,)),
+    Rows("every slot, but not every token of the row", starts=(24,), causal=True),
+    Rows("every slot in one row, all but the last in the other", starts=(24, 23)),
+    Rows("the slots from the base on, which is where the window starts", starts=(28,), base=4, window=25),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *ALL_SEEN], ids=lambda case: case.catches)
 def test_attention(case: Rows) -> None:
     inputs = arguments(case)
     session = _session(case, inputs)
