@@ -115,7 +115,11 @@ def _read_out(
             logits, positions.guard, positions.guarded_ids, S, V, guarded, triton.next_power_of_2(guarded), num_warps=1
         )
     find_largest[(blocks, M)](logits, largest, largest_ids, V=V, BLOCK=block, num_warps=4)
-    exponentiate[(blocks, M)](logits, temperature, S, largest, weights, sums, energies, softcap, **sizes, num_warps=4)
+    # Fusing a multiplication with an addition would give the largest logit itself an exponent other than 0, of 1e-8,
+    # which is more than the whole entropy of a position that is sure of its token.
+    exponentiate[(blocks, M)](
+        logits, temperature, S, largest, weights, sums, energies, softcap, **sizes, num_warps=4, enable_fp_fusion=False
+    )  # fmt: skip
     choose[(M,)](
         logits, temperature, S, positions.uniform, largest, largest_ids, sums, energies,
         results.argmax_ids, results.candidate_ids, results.entropy, factors, softcap, embedding_scale,
