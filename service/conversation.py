@@ -20,9 +20,9 @@ from diffusiongemma.v1 import generation_pb2
 from runtime.errors import Cancelled, InvalidRequest, QueueFull, Violation
 from runtime.events import Committed, Event, Finished
 from runtime.prompt import Message, Role
-from runtime.runner import Handle
 from service.intake import Intake
 from service.mapping import event_proto, messages_of, text_of
+from service.running import Running
 from service.served import Fields, Order
 
 MAX_WAITING_TURNS = 8
@@ -39,7 +39,7 @@ class _Turn:
 
     def __init__(self, index: int, text: str, start: generation_pb2.TurnStart) -> None:
         self.index, self.text, self.start = index, text, start
-        self.handle: Handle | None = None
+        self.running: Running | None = None
         """Once it is submitted."""
         self.cancelled = False
         """By the client."""
@@ -50,8 +50,8 @@ class _Turn:
         self.stop()
 
     def stop(self) -> None:
-        if self.handle is not None:
-            self.handle.cancel()
+        if self.running is not None:
+            self.running.cancel()
 
 
 class Conversation:
@@ -181,9 +181,9 @@ class Conversation:
         """Write the events of a turn's generation and return its answer."""
         texts = [self._served.committed_text(order.request)]
         async with self._intake.running(order, self._context.time_remaining()) as running:
-            turn.handle = running.handle
+            turn.running = running
             if turn.cancelled or self._failure is not None:  # while it was prepared
-                running.handle.cancel()
+                running.cancel()
             event: Event | None = None
             while not isinstance(event, Finished):
                 event = await running.next()

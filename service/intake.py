@@ -7,53 +7,22 @@ call with its status; what was taken on is given back however the call ends.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import TypeVar
 
-from runtime.errors import DeadlineTooShort, InvalidRequest, ReaderTooSlow, Violation
-from runtime.events import Committed, Event, Finished, Usage
-from runtime.request import SamplingParameters
-from runtime.runner import Handle
+from runtime.errors import DeadlineTooShort, InvalidRequest, Violation
 from service.authentication import CALLER
 from service.calls import Calls
 from service.mailbox import Mailbox
 from service.pace import Pace
 from service.prompt_threads import PromptThreads
-from service.quota import Account, Quotas
+from service.quota import Quotas
+from service.running import Running
 from service.served import Order, Served
 
 T = TypeVar("T")
-
-
-READER_PATIENCE = 300.0
-"""Seconds that a generation waits, without memory of the engine, for a client that has stopped reading."""
-
-
-class Running:
-    """A generation that was submitted."""
-
-    def __init__(self, mailbox: Mailbox, handle: Handle, account: Account) -> None:
-        self.handle, self.usage = handle, None
-        self._mailbox, self._account = mailbox, account
-
-    usage: Usage | None
-    """Once it has ended well."""
-
-    async def next(self) -> Event:
-        """Its next event; a block's tokens are then spent.
-
-        Raises:
-            DgemmaError: the error that ended it.
-        """
-        event = await self._mailbox.get()
-        if isinstance(event, Committed):
-            self._account.spend(len(event.token_ids))
-        if isinstance(event, Finished):
-            self.usage = event.usage
-        return event
 
 
 class Intake:
@@ -89,37 +58,35 @@ class Intake:
         request = order.request
         client = CALLER.get().name
         with self._quotas.generation(client) as account:
-            deadline = self._deadline(request.sampling, time_remaining)
+            least = self._pace.least_seconds(request.sampling)
+            deadline = _deadline(time_remaining, least)
             mailbox = Mailbox(order.delivery.draft_interval)
             with _fields_of(order):
                 handle = self.served.runner.submit(
                     request, mailbox, deadline, client=client, priority=order.delivery.priority
                 )
-            mailbox.wake = handle.wake
             account.spend(len(request.prompt_ids))
-            running = Running(mailbox, handle, account)
-            self._pace.began(time.monotonic())
-            patience = asyncio.create_task(_watch(mailbox, handle))
+            running = Running(mailbox, handle, account, self._pace)
+            if time_remaining is not None:
+                running.begin_within(time_remaining - least)
             try:
                 yield running
             finally:
-                patience.cancel()
-                handle.cancel()
-                self._pace.ended(time.monotonic(), running.usage)
+                running.close()
 
-    def _deadline(self, sampling: SamplingParameters, time_remaining: float | None) -> float | None:
-        """The deadline on the monotonic clock.
 
-        Raises:
-            DeadlineTooShort: it passes before the first block could be there.
-        """
-        if time_remaining is None:
-            return None
-        least = self._pace.least_seconds(sampling, self.served.runner.load.waiting)
-        if time_remaining <= least:
-            left = f"{max(0.0, time_remaining):.2f} s are left, and a first block takes {least:.2f} s at least"
-            raise DeadlineTooShort(f"{left}; allow more time")
-        return time.monotonic() + time_remaining
+def _deadline(time_remaining: float | None, least: float) -> float | None:
+    """The deadline on the monotonic clock.
+
+    Raises:
+        DeadlineTooShort: less than `least` seconds are left.
+    """
+    if time_remaining is None:
+        return None
+    if time_remaining <= least:
+        left = f"{max(0.0, time_remaining):.2f} s are left, and a first block takes {least:.2f} s at least"
+        raise DeadlineTooShort(f"{left}; allow more time")
+    return time.monotonic() + time_remaining
 
 
 @contextmanager
@@ -134,11 +101,3 @@ def _fields_of(order: Order) -> Iterator[None]:
     except InvalidRequest as error:
         moved = (Violation(places.get(found.field, found.field), found.description) for found in error.violations)
         raise InvalidRequest(*moved) from error
-
-
-async def _watch(mailbox: Mailbox, handle: Handle) -> None:
-    """End a generation whose reader has lost interest."""
-    while (idle := mailbox.seconds_parked) < READER_PATIENCE:  # noqa: ASYNC110  time passes without a word
-        await asyncio.sleep(READER_PATIENCE - idle)
-    mailbox.put(ReaderTooSlow(f"nothing was read for {idle:.0f} s; resume from the blocks that came"))
-    handle.cancel()

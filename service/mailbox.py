@@ -39,12 +39,14 @@ class Mailbox:
         self._draft: Draft | None = None
         self._last_draft = float("-inf")
         self._parked_since: float | None = None
+        self._begun = False
         self.wake: Callable[[], None] = lambda: None
         """Called when `ready` has turned true."""
 
     def put(self, outcome: Event | DgemmaError) -> None:
         """Leave an event, or the error that ends the generation; never blocks, never raises."""
         with self._lock:
+            self._begun = True
             if isinstance(outcome, Draft):
                 self._draft, self._last_draft = outcome, self._clock()
             else:
@@ -64,6 +66,11 @@ class Mailbox:
             if full and self._parked_since is None:
                 self._parked_since = self._clock()
         return not full
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything has been put."""
+        return self._begun
 
     @property
     def seconds_parked(self) -> float:

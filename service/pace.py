@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 
-from runtime.drain_rate import DrainRate
 from runtime.events import Usage
 from runtime.request import SamplingParameters
 
@@ -18,34 +17,19 @@ class Pace:
 
     def __init__(self) -> None:
         self._step_seconds: deque[float] = deque(maxlen=REMEMBERED)
-        self._drain = DrainRate()
-        self._open = 0
 
-    def began(self, now: float) -> None:
-        """A generation was queued."""
-        self._open += 1
-        self._drain.busy_from(now)
-
-    def ended(self, now: float, usage: Usage | None) -> None:
-        """A generation ended, with `usage` where it ended well."""
-        self._open -= 1
-        if usage is not None and usage.denoising_steps:
+    def learn(self, usage: Usage) -> None:
+        """A generation has ended well."""
+        if usage.denoising_steps:
             self._step_seconds.append(usage.denoise_seconds / usage.denoising_steps)
-        self._drain.finished(now, idle=not self._open)
 
-    def least_seconds(self, sampling: SamplingParameters, waiting: int) -> float:
-        """How long a request takes at least to its first block, by what was measured; 0 before anything was.
+    def least_seconds(self, sampling: SamplingParameters) -> float:
+        """How long a request takes from its beginning to its first block at least; 0 before anything was measured.
 
-        Waiting for its turn, then the fewest steps of a block. Encoding the prompt is not counted, since it may be in
-        memory already.
-
-        Args:
-            sampling: the request's settings.
-            waiting: requests in the queue.
+        Encoding its prompt is not counted, since it may be in memory already, nor is the queue, in which it may be
+        next, whoever else waits.
         """
-        if not self._step_seconds:
-            return 0.0
-        return self._drain.seconds(waiting) + fewest_steps(sampling) * min(self._step_seconds)
+        return fewest_steps(sampling) * min(self._step_seconds, default=0.0)
 
 
 def fewest_steps(sampling: SamplingParameters) -> int:

@@ -28,10 +28,9 @@ def usage(steps: int, seconds: float) -> Usage:
 
 def test_nothing_is_refused_before_anything_was_measured() -> None:
     pace = Pace()
-    assert pace.least_seconds(SAMPLING, waiting=50) == 0
-    pace.began(0.0)
-    pace.ended(1.0, None)  # cancelled, which tells nothing of steps
-    assert pace.least_seconds(SAMPLING, waiting=50) == 0
+    assert pace.least_seconds(SAMPLING) == 0
+    pace.learn(usage(0, 1.0))  # resumed behind its last block, which tells nothing of steps
+    assert pace.least_seconds(SAMPLING) == 0
 
 
 @pytest.mark.parametrize(
@@ -53,20 +52,8 @@ def test_the_fastest_of_late_counts() -> None:
     """A crowd makes steps slow; when it has gone, its measurements are soon gone too."""
     pace = Pace()
     for seconds in (10.0, 2.0, 4.0):
-        pace.began(0.0)
-        pace.ended(0.0, usage(10, seconds))
-    assert pace.least_seconds(SAMPLING, waiting=0) == pytest.approx(2 * 0.2)
+        pace.learn(usage(10, seconds))
+    assert pace.least_seconds(SAMPLING) == pytest.approx(2 * 0.2)
     for _ in range(REMEMBERED):
-        pace.began(0.0)
-        pace.ended(0.0, usage(10, 30.0))
-    assert pace.least_seconds(SAMPLING, waiting=0) == pytest.approx(2 * 3.0)
-
-
-def test_who_waits_longer_needs_more_time() -> None:
-    """Ten requests that left one after another, two seconds apart: behind five others ten seconds pass first."""
-    pace = Pace()
-    for _ in range(10):
-        pace.began(0.0)
-    for index in range(10):
-        pace.ended(2.0 * (index + 1), usage(10, 1.0))
-    assert pace.least_seconds(SAMPLING, waiting=5) == pytest.approx(10 + 2 * 0.1)
+        pace.learn(usage(10, 30.0))
+    assert pace.least_seconds(SAMPLING) == pytest.approx(2 * 3.0)

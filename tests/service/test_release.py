@@ -182,7 +182,7 @@ async def test_a_reader_that_never_comes_back_is_given_up(
     tmp_path: Path, parked: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was committed still reaches it, should it read after all; then it is told why there is no more."""
-    monkeypatch.setattr("service.intake.READER_PATIENCE", 0.2)
+    monkeypatch.setattr("service.running.READER_PATIENCE", 0.2)
     options: dict[str, Any] = {"facts": WIDE, "pool": WIDE_POOL, "channel_options": SMALL_WINDOWS}
     async with serving(tmp_path, {"go": VERY_LONG}, **options) as harness:
         call = harness.generation.Generate(request("go", options=ALL_OF_IT), timeout=100)
@@ -257,6 +257,21 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(tmp_path: Path) 
         assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
         assert work_of(harness) == before
         assert await finished(harness.generation.Generate(request("hello"), timeout=5))
+
+
+async def test_who_waits_until_it_is_too_late_is_not_begun(tmp_path: Path) -> None:
+    """Two steps of 0.3 s do not fit any more when its turn comes: it is told so then, and before its deadline."""
+    async with serving(tmp_path, limits=Limits(max_active=1, max_waiting=4)) as harness:
+        for call in range(1, 5):
+            harness.engine.before("denoise", call, lambda: time.sleep(0.3))
+        assert await finished(harness.generation.Generate(request("hello"), timeout=60))
+        with harness.engine.hold("encode", 2) as gate:
+            first = harness.generation.Generate(request("first"), timeout=60)
+            await reached(gate)
+            failure = await failure_of(harness.generation.Generate(request("late"), timeout=1.2))
+        assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
+        assert await finished(first)
+        assert work_of(harness) == (2, 8)
 
 
 async def test_prompts_that_are_tokenised_hold_up_no_shutdown(tmp_path: Path) -> None:
