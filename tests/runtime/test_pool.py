@@ -284,6 +284,14 @@ def test_what_one_encodes_another_takes_over_in_the_midst_of_its_prompt() -> Non
     assert second.cover(40, 40).full_pages == first.cover(40, 40).full_pages
 
 
+def test_what_was_cut_short_is_not_shared() -> None:
+    """The first prompt's third page was encoded alone, as a longer prompt would not do: the second's is shared."""
+    pages = pool()
+    short, long, third = (prefill(pages, SYSTEM[:tokens])[0] for tokens in (12, 24, 25))
+    third_page = [sequence.cover(12, 12).full_pages[2] for sequence in (short, long, third)]
+    assert third_page[2] == third_page[1] != third_page[0]
+
+
 def test_shared_pages_are_not_reserved_twice() -> None:
     """Full pages: 11 for the first, then one for each that shares ten of them."""
     pages = pool(full_pages=14)
@@ -297,14 +305,14 @@ def test_shared_pages_are_not_reserved_twice() -> None:
 
 
 def test_the_least_recently_used_prefix_goes_first() -> None:
-    """Room for two prompts of ten pages beside the one that runs; the one that was used again stays."""
+    """Room for two prompts of ten pages beside ten free ones; of the one that was not used again the end goes."""
     pages = pool(full_pages=30)
     prompts = [[name] * 40 for name in range(3)]
     for prompt in (prompts[0], prompts[1], prompts[0]):
         prefill(pages, prompt, answer=0)[0].release()
-    prefill(pages, [7] * 50, answer=0)[0].release()  # 13 pages: ten are free
+    prefill(pages, [7] * 50, answer=0)[0].release()  # 13 pages: three go
     assert prefill(pages, prompts[0], answer=0)[1] == 40
-    assert prefill(pages, prompts[1], answer=0)[1] < 40
+    assert prefill(pages, prompts[1], answer=0)[1] == 24
 
 
 def test_one_long_prompt_does_not_wash_out_the_windows_of_others() -> None:
