@@ -24,7 +24,7 @@ import torch
 import triton
 from torch import Tensor
 
-from benchmarks.gpu.timing import copy_bandwidth, graph_seconds, matrix_rate
+from benchmarks.gpu.timing import graph_seconds, matrix_rate, read_bandwidth
 from plugins_trt.quantized_linear import kernel, reference
 from plugins_trt.quantized_linear.kernel import Tile
 
@@ -42,25 +42,21 @@ ROTATED_BYTES = 400 << 20
 """Of weight copies together, several times an H200's L2 cache of 50 MB."""
 TILES = {
     True: [
-        Tile(128, 64, 128, 1, 4, 4),
-        Tile(128, 64, 128, 1, 4, 4, exact=False),
-        Tile(64, 128, 128, 1, 4, 4),
         Tile(64, 128, 128, 1, 4, 4, exact=False),
-        Tile(64, 128, 128, 2, 4, 4),
-        Tile(64, 64, 128, 2, 4, 4),
-        Tile(64, 64, 128, 1, 4, 4),
-        Tile(128, 128, 128, 1, 8, 4),
+        Tile(64, 128, 128, 1, 4, 4),
+        Tile(64, 128, 128, 2, 4, 4, exact=False),
+        Tile(64, 64, 128, 1, 4, 4, exact=False),
+        Tile(64, 64, 256, 1, 4, 4, exact=False),
+        Tile(64, 64, 128, 2, 4, 4, exact=False),
         Tile(128, 128, 128, 1, 8, 4, exact=False),
-        Tile(128, 128, 128, 2, 8, 4),
-        Tile(64, 256, 128, 1, 8, 4, exact=False),
+        Tile(128, 128, 128, 1, 8, 4),
         Tile(128, 256, 128, 1, 8, 3, exact=False),
     ],
     False: [
-        Tile(64, 256, 64, 1, 8, 4),
+        Tile(64, 128, 64, 1, 4, 4),
         Tile(64, 256, 64, 2, 8, 4),
         Tile(128, 128, 64, 1, 8, 4),
         Tile(128, 256, 64, 1, 8, 4),
-        Tile(64, 128, 64, 1, 4, 4),
     ],
 }
 """Candidates by whether the activations are 8-bit floats too."""
@@ -113,7 +109,7 @@ def main(check: bool, seconds: float, out: Path | None) -> None:
     end = time.monotonic() + seconds
     rates = measure_rates()
     click.echo(
-        f"copy {rates.bytes_per_second / 1e12:.2f} TB/s, products: bfloat16 {rates.bf16 / 1e12:.0f} TFLOP/s, "
+        f"reads {rates.bytes_per_second / 1e12:.2f} TB/s, products: bfloat16 {rates.bf16 / 1e12:.0f} TFLOP/s, "
         f"8-bit {rates.fp8 / 1e12:.0f} TFLOP/s"
     )
     compile_all()
@@ -145,8 +141,10 @@ def check_all() -> None:
                 expected = reference.linear_fp8(x, layer.codes[0], layer.scale, dynamic_activations=False)
                 actual = kernel.linear_fp8(layer.x, layer.codes[0], layer.scale, dynamic).float()
                 error = ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
-                # Rounding the result to bfloat16 is off by 2^-9 of it at most, and the sums add next to nothing.
-                wrong += f"; {'8-bit' if dynamic else 'weight-only'} {error:.2e}, {verdict(error <= 2.0**-9)}"
+                # Rounding the result to bfloat16 is off by 2^-9 of it at most, and float32 sums add next to nothing.
+                # Hopper's matrix unit sums 8-bit products in fewer bits: a tenth of what their own rounding does (4%).
+                bound = 2.0**-9 + (0.004 if dynamic else 0.0)
+                wrong += f"; {'8-bit' if dynamic else 'weight-only'} {error:.2e}, {verdict(error <= bound)}"
             click.echo(f"{shape}, {rows} rows: {wrong}")
 
 
@@ -243,12 +241,12 @@ def scaled_mm(x_codes: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor) ->
 
 
 def measure_rates() -> Rates:
-    """The device's copy bandwidth and matrix rates on random data."""
+    """The device's read bandwidth and matrix rates on random data."""
     size = 8192
     codes = torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn)
     ones = torch.ones(size, device="cuda")
     fp8 = 2 * size**3 / graph_seconds([lambda: scaled_mm(codes, ones, codes, ones)] * 4)
-    return Rates(copy_bandwidth(), matrix_rate(), fp8)
+    return Rates(read_bandwidth(), matrix_rate(), fp8)
 
 
 if __name__ == "__main__":

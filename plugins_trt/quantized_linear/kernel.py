@@ -1,7 +1,9 @@
 """The quantised linear layer on the GPU, in Triton.
 
 The weight is the left operand of the tile product: `out.T = weight @ x.T`. Hopper's matrix instruction takes its left
-operand from registers, so the codes can be widened on their way, and its right operand from shared memory.
+operand from registers, so the codes can be widened on their way, and its right operand from shared memory. Widening
+costs more than it saves all the same: for one canvas the weight-only product takes 2 to 3 times as long on an H200 as
+the one with 8-bit activations, which is therefore the default; it serves GPUs that have no 8-bit products.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from plugins_trt.gpu import Gpu, gpu_of
+
 LARGEST = tl.constexpr(448.0)
 _SMALLEST_ABSMAX = tl.constexpr(2.0**-100)
-_ROW_BLOCK = 4096
-"""Columns that `quantize_rows` holds at a time."""
+_ROW_BLOCK = 8192
+"""Columns that `quantize_rows` holds at a time; a row of no more is read once."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,26 @@ class Tile:
     themselves over all of K they save registers and additions."""
 
 
-def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool = True) -> Tensor:
+def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool | None = None) -> Tensor:
     """`x @ (weight * scale[:, None]).T`, summed in float32, scaled, and rounded once to the dtype of `x`.
 
-    A row's result depends on the number of rows by the tile it leads to, never on the other rows' values.
+    Products of 8-bit floats are summed as the matrix unit does, on Hopper in fewer bits than float32. A row's result depends on the number of rows by the tile it leads to, never on the other rows' values.
 
     Args:
         x: `[..., K]`.
         weight: float8_e4m3fn `[N, K]`, contiguous.
         scale: of each output channel, float32 `[N]`.
         dynamic_activations: quantise the activations too, each row by its own scale (`quantize_rows`); else they stay
-            as they are and the codes are widened to their dtype.
+            as they are and the codes are widened to their dtype. None: where the GPU multiplies 8-bit floats.
 
     Returns:
         `[..., N]` in the dtype of `x`.
     """
+    if dynamic_activations is None:
+        dynamic_activations = has_fp8(x.device)
     channels, depth = weight.shape
     rows = x.reshape(-1, depth)
-    tile = choose_tile(rows.shape[0], channels, depth, dynamic_activations)
+    tile = choose_tile(rows.shape[0], channels, depth, dynamic_activations, gpu_of(x.device))
     if dynamic_activations:
         codes, row_scale = quantize_rows(rows)
         product = multiply(codes, row_scale, weight, scale, x.dtype, tile)
@@ -63,26 +69,38 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bo
     return product.view(*x.shape[:-1], channels)
 
 
-def choose_tile(rows: int, channels: int, depth: int, dynamic_activations: bool) -> Tile:
+def choose_tile(rows: int, channels: int, depth: int, dynamic_activations: bool, gpu: Gpu) -> Tile:
     """The tile for `rows` by `channels` numbers, each a sum over `depth` products.
 
-    Every tile fits in the 99 KB of shared memory that a block has on the smallest targets (sm_89, sm_120).
+    From `python -m benchmarks.gpu.linear` on one H200 (torch 2.11, Triton 3.6): with 8-bit activations 64 by 128 is the
+    fastest or within 10% of it for all products of one canvas, and larger tiles from 256 blocks on; leaving the sums to
+    the matrix unit saves a tenth to a half of the time. Where a block has 99 KB of shared memory the largest are not to
+    be had; that those choices are fast there too was not measured.
     """
-    tokens = 64 if rows > 32 else 32
-    weights = 128
+    if rows <= 32:
+        weights, tokens, warps = 64, 32, 4
+    elif gpu.is_large and triton.cdiv(rows, 256) * triton.cdiv(channels, 128) >= _MANY_BLOCKS:
+        weights, tokens, warps = 128, 256, 8
+    elif triton.cdiv(rows, 128) * triton.cdiv(channels, 128) >= _MANY_BLOCKS:
+        weights, tokens, warps = 128, 128, 8
+    else:
+        weights, tokens, warps = 64, 128, 4
     blocks = triton.cdiv(rows, tokens) * triton.cdiv(channels, weights)
-    if blocks < _BLOCKS:
-        weights, blocks = 64, triton.cdiv(rows, tokens) * triton.cdiv(channels, 64)
-    splits = max(1, min(_BLOCKS // blocks, depth // _SHORTEST_PART, _MOST_SPLITS))
+    splits = max(1, min(gpu.multiprocessors // blocks, depth // _SHORTEST_PART, _MOST_SPLITS))
     if dynamic_activations:
-        return Tile(weights, tokens, depth=128, splits=splits, warps=4, stages=4)
-    return Tile(weights, tokens, depth=64, splits=splits, warps=4, stages=4)
+        bytes_a_turn, columns = 128 * (weights + tokens), 128
+    else:
+        bytes_a_turn, columns = 64 * (weights + 2 * tokens), 64
+    stages = min(4, (_LARGE_MEMORY if gpu.is_large else _SMALL_MEMORY) // bytes_a_turn)
+    return Tile(weights, tokens, columns, splits, warps, stages, exact=not dynamic_activations)
 
 
-_BLOCKS = 128
-"""Blocks that keep a large GPU busy (an H200 has 132 multiprocessors)."""
+_MANY_BLOCKS = 256
+"""Twice what a large GPU runs at a time (an H200 has 132 multiprocessors)."""
 _SHORTEST_PART, _MOST_SPLITS = 512, 4
 """A part of K shorter than this does not pay for the second pass over the partial sums."""
+_SMALL_MEMORY, _LARGE_MEMORY = 96 << 10, 160 << 10
+"""Bytes of shared memory that the loads under way may take."""
 
 
 def multiply(
@@ -131,7 +149,7 @@ def multiply(
 
 
 def has_fp8(device: torch.device) -> bool:
-    """Whether the device converts 8-bit floats itself: from compute capability 8.9 on."""
+    """Whether the device converts and multiplies 8-bit floats itself: from compute capability 8.9 on."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -153,7 +171,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, depth, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(triton.next_power_of_2(depth), _ROW_BLOCK)
-    _quantize[(rows,)](x.contiguous(), codes, scale, depth, BLOCK=block, num_warps=8 if block >= 2048 else 4)
+    warps = 8 if block > 4096 else 4
+    _quantize[(rows,)](x.contiguous(), codes, scale, depth, BLOCK=block, ONCE=depth <= block, num_warps=warps)
     return codes, scale
 
 
@@ -224,30 +243,34 @@ def _add_up(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr):
+def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr, ONCE: tl.constexpr):
     row = tl.program_id(0)
     x += row.to(tl.int64) * depth
     codes += row.to(tl.int64) * depth
     column = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, depth, BLOCK):
-        values = tl.load(x + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(values))
+    values = tl.load(x + column, mask=column < depth, other=0.0).to(tl.float32)
+    largest = tl.abs(values)
+    for start in range(BLOCK, depth, BLOCK):
+        more = tl.load(x + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(more))
     step = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), _SMALLEST_ABSMAX), LARGEST.value)
-    inverse = tl.math.div_rn(1.0, step)
-    for start in range(0, depth, BLOCK):
-        inside = start + column < depth
-        values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32) * inverse
-        values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
-        tl.store(codes + start + column, _round(values).to(codes.dtype.element_ty), mask=inside)
     tl.store(scale + row, step)
+    inverse = tl.math.div_rn(1.0, step)
+    if ONCE:
+        tl.store(codes + column, _encode(values * inverse, codes.dtype.element_ty), mask=column < depth)
+    else:
+        for start in range(0, depth, BLOCK):
+            inside = start + column < depth
+            values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+            tl.store(codes + start + column, _encode(values * inverse, codes.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _round(values):
+def _encode(values, DTYPE: tl.constexpr):
+    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
     # To float8_e4m3fn's grid before the cast, which then has nothing left to round: the interpreter's cast
     # (Triton 3.9) loses the carry into the exponent, so that 127.4 becomes 64.
     bits = values.to(tl.uint32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
     subnormal = (values + 24576.0) - 24576.0  # 1.5 * 2^14: float32's last bit there is 2^-9, the subnormals' grid
-    return tl.where(tl.abs(values) < 0.015625, subnormal, normal)  # 2^-6, the smallest normal number
+    return tl.where(tl.abs(values) < 0.015625, subnormal, normal).to(DTYPE)  # 2^-6, the smallest normal number

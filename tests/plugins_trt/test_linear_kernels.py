@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
+from plugins_trt.gpu import Gpu
 from plugins_trt.quantized_linear import reference
 from tests.plugins_trt.triton_support import SHARED_MEMORY, Interpreter, compile_launch, launches_of
 
@@ -73,7 +76,7 @@ CASES = [
     pytest.param((2, 3, 128), 64, torch.float16, id="catches leading dimensions, and a result rounded twice"),
     pytest.param((70, 256), 200, torch.float32, id="catches whole turns whose rows and channels are no whole blocks"),
     pytest.param((5, 1100), 70, torch.float16, id="catches split sums whose last part is short"),
-    pytest.param((2, 5000), 17, torch.float32, id="catches rows longer than what the quantisation holds at a time"),
+    pytest.param((2, 9000), 17, torch.float32, id="catches rows longer than what the quantisation holds at a time"),
 ]
 
 
@@ -126,22 +129,25 @@ def test_rows_do_not_depend_on_each_other(interpreter: Interpreter) -> None:
 
 
 FP8_PRODUCT = {
-    89: "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32",
-    90: "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3",
-    100: "tcgen05.mma",
-    120: "mma.sync.aligned.m16n8k32",
+    89: r"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32",
+    90: r"wgmma.mma_async.sync.aligned.m64n\d+k32.f32.e4m3.e4m3",
+    100: r"tcgen05.mma",
+    120: r"mma.sync.aligned.m16n8k32",
 }
 """The matrix instruction for 8-bit floats by target (PTX ISA, section on matrix multiply-accumulate)."""
 TARGETS = [(capability, False) for capability in SHARED_MEMORY] + [(capability, True) for capability in FP8_PRODUCT]
 """Compute capability, and whether the activations are 8-bit floats too."""
 RELEASED = [
-    pytest.param(256, 4096, 2816, id="query: a wide tile"),
-    pytest.param(256, 1024, 2816, id="full layers' key: few channels, so K is split"),
+    pytest.param(256, 1024, 2112, capability, dynamic, id=f"one canvas, K split, sm_{capability}, 8-bit: {dynamic}")
+    for capability, dynamic in TARGETS
+] + [
+    pytest.param(2048, 8192, 2816, 90, True, id="eight canvases: the largest tile, sm_90"),
+    pytest.param(2048, 8192, 2816, 120, True, id="eight canvases: the largest tile of a small GPU, sm_120"),
+    pytest.param(2048, 8192, 2816, 80, False, id="eight canvases: the widened codes' largest tile, sm_80"),
 ]
 
 
-@pytest.mark.parametrize(("capability", "dynamic_activations"), TARGETS)
-@pytest.mark.parametrize(("rows", "channels", "depth"), RELEASED)
+@pytest.mark.parametrize(("rows", "channels", "depth", "capability", "dynamic_activations"), RELEASED)
 def test_compiles_at_released_shapes(
     rows: int,
     channels: int,
@@ -152,10 +158,11 @@ def test_compiles_at_released_shapes(
 ) -> None:
     """Catches what a target cannot compile or hold, and products that miss the matrix units."""
     monkeypatch.setattr(kernel, "has_fp8", lambda device: capability >= 89)
+    monkeypatch.setattr(kernel, "gpu_of", lambda device: Gpu(capability, multiprocessors=132))
     x = torch.empty(rows, depth, dtype=torch.bfloat16, device="meta")
     weight, scale = torch.empty(channels, depth, dtype=FP8, device="meta"), torch.empty(channels, device="meta")
     for launch in launches_of(kernel.linear_fp8, x, weight, scale, dynamic_activations=dynamic_activations):
         ptx = compile_launch(launch, capability).asm["ptx"]
         assert f".target sm_{capability}" in ptx
         if "DEPTH" in launch.arguments:
-            assert (FP8_PRODUCT[capability] if dynamic_activations else "mma") in ptx
+            assert re.search(FP8_PRODUCT[capability] if dynamic_activations else "mma", ptx)
