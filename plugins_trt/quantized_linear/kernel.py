@@ -44,7 +44,8 @@ class Tile:
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool | None = None) -> Tensor:
     """`x @ (weight * scale[:, None]).T`, summed in float32, scaled, and rounded once to the dtype of `x`.
 
-    Products of 8-bit floats are summed as the matrix unit does, on Hopper in fewer bits than float32. A row's result depends on the number of rows by the tile it leads to, never on the other rows' values.
+    Products of 8-bit floats are summed as the matrix unit does, on Hopper in fewer bits than float32. A row's result
+    depends on the number of rows by the tile it leads to, never on the other rows' values.
 
     Args:
         x: `[..., K]`.
