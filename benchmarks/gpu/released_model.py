@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from export.config import LayerConfig, ModelConfig
 from export.program import export_program
 from export.weights import Precision
-from runtime.bundle import LayerFacts, ModelFacts
+from runtime.bundle import LayerFacts, ModelFacts, ProgramRecord
 from runtime.engines.torch import Model
 
 LAYERS = 30
@@ -21,6 +24,7 @@ _CODE_SPREAD = 112.0
 """Spread of FP8 codes: four times it is the largest code."""
 _NIBBLE_SPREAD = 4.6
 """Spread of codes drawn evenly from -8 ... 7."""
+_RECORD = "record.json"
 _PIECE = 1 << 27
 """Elements made at a time where they need a wider temporary."""
 
@@ -49,8 +53,9 @@ def released_config(layers: int = LAYERS) -> ModelConfig:
 class RandomWeights:
     """Weights that keep a random model's states in a trained one's range, the same ones for a name at every time.
 
-    Embeddings of unit length once scaled, what layers add weighted by 0.3, so that a token's own embedding decides its
-    experts and the router spreads tokens over all of them; attention scores of unit spread.
+    Embedded tokens of unit spread, what layers add weighted by 0.3, so that a token's own embedding decides its experts
+    and the router spreads tokens over all of them; attention scores of unit spread; a final norm that leaves its own
+    token a probability of some tenths.
     """
 
     config: ModelConfig
@@ -103,6 +108,8 @@ class RandomWeights:
     def _level(self, name: str) -> float:
         if name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
             return 0.3
+        if name == "model.decoder.norm.weight":
+            return 0.25
         if name.endswith("q_norm.weight"):
             layer = self.config.layers[int(name.split(".layers.")[1].split(".")[0])]
             return 1.0 / math.sqrt(layer.head_dim)
@@ -118,10 +125,21 @@ def _stored_dtype(name: str, precision: Precision) -> torch.dtype:
     return torch.bfloat16
 
 
-def released_model(config: ModelConfig, precision: Precision, device: torch.device) -> Model:
-    """The model for an engine, its program exported on the spot."""
-    program, record = export_program(config, precision)
+def released_model(config: ModelConfig, precision: Precision, device: torch.device, file: Path | None = None) -> Model:
+    """The model for an engine, its program exported on the spot, or read from `file` where an earlier call put it."""
+    program, record = _program(config, precision, file)
     return Model(facts(config), END_TOKEN_IDS, program, record, RandomWeights(config, device).fill)
+
+
+def _program(config: ModelConfig, precision: Precision, file: Path | None) -> tuple[ExportedProgram, ProgramRecord]:
+    if file is not None and file.exists():
+        extra = {_RECORD: ""}
+        program = torch.export.load(file, extra_files=extra)
+        return program, msgspec.json.decode(extra[_RECORD], type=ProgramRecord)
+    program, record = export_program(config, precision)
+    if file is not None:
+        torch.export.save(program, file, extra_files={_RECORD: msgspec.json.encode(record).decode()})
+    return program, record
 
 
 def wide_model(config: ModelConfig, precision: Precision, device: torch.device) -> Model:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import time
 import traceback
 from collections.abc import Callable
@@ -54,13 +55,14 @@ class Bench:
         options = replace(
             Options.serving("cuda", canvas_slots=max(arguments.batches)),
             positions=max(longest, batched),
-            encode_chunk=arguments.chunk,
+            encode_chunk=max(arguments.chunks),
             compiler=None if arguments.eager else "inductor",
             graphs=not arguments.no_graphs,
             beside=not arguments.no_beside,
             rewrites=Rewrites(merge_products=not arguments.no_merge),
         )
-        model = self._timed("export", lambda: released_model(self.config, self.precision, torch.device("cuda")))
+        device, file = torch.device("cuda"), arguments.program
+        model = self._timed("export", lambda: released_model(self.config, self.precision, device, file))
         self.engine = self._timed("allocate and fill", lambda: TimedEngine(model, options))
         for tensor in (*self.engine.keys, *self.engine.values):
             tensor.normal_()
@@ -95,19 +97,24 @@ class Bench:
             self._steps(1, min(prefix, self.config.max_position - self.config.canvas_length))
 
     def prefill(self) -> None:
-        """A prompt, in chunks of `--chunk`."""
-        random = np.random.default_rng(0)
+        """Prompts, in chunks of each of `--chunks`."""
         for length in self.arguments.prefills:
-            [canvas] = canvases(self.engine, 1, 0, 1, room=length)
-            token_ids = random.integers(0, self.config.vocab_size, length)
-            times = [encode(self.engine, canvas, token_ids, 0, self.arguments.chunk) for _ in range(3)]
-            floor, milliseconds = prefill_floor(self.config, length, self.limits), min(times[1:])
-            share = floor.operations / (milliseconds / 1e3) / self.limits.matrix_rate
-            _say(
-                f"prefill {length}: {milliseconds:.1f} ms, {length / milliseconds * 1e3:.0f} tok/s, "
-                f"{share:.0%} of the matrix rate (first time {times[0]:.0f} ms)"
-            )
-            self.results.setdefault("prefill", []).append({"length": length, "ms": milliseconds, "matrix_share": share})
+            for chunk in self.arguments.chunks:
+                if chunk == min(self.arguments.chunks) or chunk <= length:
+                    self._prefill(length, chunk)
+
+    def _prefill(self, length: int, chunk: int) -> None:
+        [canvas] = canvases(self.engine, 1, 0, 1, room=length)
+        token_ids = np.random.default_rng(0).integers(0, self.config.vocab_size, length)
+        times = [encode(self.engine, canvas, token_ids, 0, chunk) for _ in range(4)]
+        floor, milliseconds = prefill_floor(self.config, length, self.limits), statistics.median(times[1:])
+        share = floor.operations / (milliseconds / 1e3) / self.limits.matrix_rate
+        _say(
+            f"prefill {length} by {chunk}: {milliseconds:.1f} ms, {length / milliseconds * 1e3:.0f} tok/s, "
+            f"{share:.0%} of the matrix rate (first time {times[0]:.0f} ms)"
+        )
+        row = {"length": length, "chunk": chunk, "ms": milliseconds, "matrix_share": share}
+        self.results.setdefault("prefill", []).append(row)
 
     def protocol(self) -> None:
         """Random 1024 tokens in, 1024 out, 16 steps a canvas, no convergence."""
@@ -117,11 +124,11 @@ class Bench:
             torch.cuda.synchronize()
             began = time.perf_counter()
             [canvas] = canvases(self.engine, 1, len(prompt), _PROTOCOL_STEPS, room=2048)
-            encode(self.engine, canvas, prompt, 0, self.arguments.chunk)
+            encode(self.engine, canvas, prompt, 0, self.arguments.chunks[0])
             for block in range(4):
                 if block:
                     committed = canvas.loop.argmax
-                    encode(self.engine, canvas, committed, canvas.start, self.arguments.chunk)
+                    encode(self.engine, canvas, committed, canvas.start, len(committed))
                     canvas.start += len(committed)
                 canvas.open(block)
                 while not canvas.loop.finished:
@@ -223,9 +230,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=_list(int), default=[1, 2, 4, 8, 16])
     parser.add_argument("--prefixes", type=_list(int), default=[0, 1024, 8192, 65536, 262144])
     parser.add_argument("--prefills", type=_list(int), default=[256, 1024, 8192])
-    parser.add_argument("--chunk", type=int, default=2048, help="tokens of an encode row")
+    parser.add_argument("--chunks", type=_list(int), default=[2048], help="tokens of an encode row, to try several")
     parser.add_argument("--steps", type=int, default=24, help="timed steps of a median")
     parser.add_argument("--reference", action="store_true", help="measure transformers first")
+    parser.add_argument("--program", type=Path, help="file to keep the exported program in, which takes half a minute")
+    parser.add_argument("--export-only", action="store_true", help="write --program and end; needs no GPU")
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-merge", action="store_true", help="leave q, k, v and gate, up apart")
@@ -241,6 +250,10 @@ def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
 def main() -> None:
     """Run what the command line asks for."""
     arguments = _arguments()
+    if arguments.export_only:
+        precision = Precision(PRECISIONS[arguments.precision])
+        released_model(released_config(arguments.layers), precision, torch.device("cpu"), arguments.program)
+        return
     if arguments.check:
         compiler = None if arguments.eager else "inductor"
         precision = Precision(PRECISIONS[arguments.precision])

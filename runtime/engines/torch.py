@@ -171,7 +171,8 @@ class TorchEngine:
 
     def _encode(self, row: EncodeRow) -> None:
         length = len(row.token_ids)
-        padded = -(-length // self._options.encode_bucket) * self._options.encode_bucket
+        bucket = self._options.encode_bucket
+        padded = length if bucket is None else bucket << (-(-length // bucket) - 1).bit_length()
         tables = self._tables(row.prefix, row.start)
         call = self._encode_call(padded, self._full_bucket(len(tables["full_table"])))
         _write_row(call.inputs.host, 0, tables)
@@ -233,8 +234,8 @@ class TorchEngine:
             _mark_dynamic(buffer.device, {"full_table": 1} if canvas else {"full_table": 1, "token_ids": 1})
             for name, pages in (("sliding_slots", self.pool.sliding_pages), ("full_slots", self.pool.full_pages)):
                 buffer.host[name][...] = pages * self.pool.page_size
-            graph_pool = self._graph_pool if canvas else None
-            self._calls[key] = self._warm(buffer, Buffer({}, self._device), self._run_encode, graph_pool)
+            outputs = Buffer({}, self._device)
+            self._calls[key] = self._warm(buffer, outputs, self._run_encode, self._graph_pool)
         return self._calls[key]
 
     def _denoise_call(self, batch: int, full_pages: int) -> Call:

@@ -26,14 +26,15 @@ class Options:
     slot."""
     encode_chunk: int = ENCODE_CHUNK
     """Most tokens of an encode row: a prompt is done sooner with longer ones and open canvases wait longer."""
-    encode_bucket: int = 1
-    """Encode rows are padded to multiples of so many tokens, so that few shapes occur."""
+    encode_bucket: int | None = None
+    """Encode rows are padded to so many tokens, twice, four times as many and so on, so that few shapes occur; None
+    pads none."""
     batch: int = 1
     """Most rows of one denoise call; the calls' numbers of rows are rounded up to powers of two."""
     compiler: str | None = None
     """Backend of `torch.compile`; None runs the graph node by node."""
     graphs: bool = False
-    """Capture CUDA graphs of calls of a canvas' length."""
+    """Capture CUDA graphs."""
     beside: bool = False
     """Run the dense feed-forward beside the experts on a second CUDA stream."""
     rewrites: Rewrites = field(default_factory=Rewrites)

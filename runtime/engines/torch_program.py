@@ -74,6 +74,7 @@ def bind(
     root = nn.Module()
     for parameter in graph.parameters():
         root.register_buffer(parameter.attribute, _filled(parameter, device, fill))
+    graph.bind_casts(root)
     for name, tensor in (constants | inputs).items():
         root.register_buffer(name, tensor)
     graph.bind(root, {*constants, *inputs})
@@ -154,6 +155,18 @@ class _Graph:
     def parameters(self) -> Iterator[_Parameter]:
         """The tensors to allocate, in the order of the weights file."""
         return iter(self.weights.values())
+
+    def bind_casts(self, root: nn.Module) -> None:
+        """Cast vectors once and for all where every step would: 1.3 microseconds each on an H200, four a layer."""
+        for parameter in list(self.weights.values()):
+            for node in list(parameter.node.users) if parameter.value.dim() == 1 else ():
+                if node.target is torch.ops.aten.to.dtype:
+                    dtype = cast(torch.dtype, node.args[1])
+                    attribute = f"{parameter.attribute}_{dtype}".replace("torch.", "")
+                    root.register_buffer(attribute, root.get_buffer(parameter.attribute).to(dtype))
+                    with self.graph.inserting_before(self._first_computation()):
+                        node.replace_all_uses_with(self.graph.get_attr(attribute))
+                    self.graph.erase_node(node)
 
     def bind(self, root: nn.Module, names: set[str]) -> None:
         """Replace the inputs that never change by attributes of `root`."""
