@@ -71,7 +71,7 @@ async def serve(
     announce: Callable[[str], None] = lambda address: None,
     security: SecuritySettings = OPEN,
     stall: float = STALL,
-) -> bool:
+) -> None:
     """Serve what `load` returns until SIGTERM or SIGINT, then drain.
 
     Args:
@@ -82,8 +82,7 @@ async def serve(
         security: certificates, tokens and limits; by default none.
         stall: seconds that a call of the engine may take.
 
-    Returns:
-        False where the signal came before anything was served; `load` then still runs.
+    Where the signal comes before anything is served `load` still runs when this returns.
 
     Raises:
         AddressTaken: the address cannot be listened on.
@@ -101,7 +100,7 @@ async def serve(
     served = await _loaded(load, signals.requested)
     if served is None:
         _log("stopped", loaded=False)
-        return False
+        return
     stalled = False
     try:
         await server.start(served)
@@ -116,7 +115,6 @@ async def serve(
         _log("stopped", drained=drained)
         if not signals.requested.is_set():
             raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
-        return True
     finally:
         if not stalled:
             await on_own_thread(served.runner.close)

@@ -11,10 +11,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from runtime.errors import QueueFull
+from runtime.errors import Draining, QueueFull
 
 T = TypeVar("T")
 
@@ -44,12 +45,13 @@ class PromptThreads:
 
         Raises:
             QueueFull: too many bytes wait.
+            Draining: it was closed meanwhile.
         """
         lane = self._short if size <= SHORT_BYTES else self._long
         return await lane.run(size, act)
 
     def close(self) -> None:
-        """Take no more prompts and drop those that wait."""
+        """Take no more prompts; whoever waits for one gets `Draining`, though it may be in the midst of being done."""
         self._short.close()
         self._long.close()
 
@@ -62,18 +64,35 @@ class _Lane:
         self._lock = threading.Lock()
         self._prompts = self._bytes = 0
         self._pace = FIRST_PACE
+        self._callers: set[asyncio.Future[Any]] = set()
 
     async def run(self, size: int, act: Callable[[], T]) -> T:
         with self._lock:
             if self._bytes + size > WAITING_BYTES and self._prompts:
                 raise QueueFull(self._prompts, self._bytes / self._pace)
             self._prompts, self._bytes = self._prompts + 1, self._bytes + size
-        future = self._thread.submit(self._timed, size, act)
-        future.add_done_callback(lambda _: self._leave(size))
-        return await asyncio.wrap_future(future)
+        loop = asyncio.get_running_loop()
+        outcome: asyncio.Future[T] = loop.create_future()
+        self._callers.add(outcome)
+
+        def tell(done: Future[T]) -> None:
+            self._leave(size)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(_hand_over, done, outcome)
+
+        work = self._thread.submit(self._timed, size, act)
+        work.add_done_callback(tell)
+        try:
+            return await outcome
+        finally:
+            self._callers.discard(outcome)
+            work.cancel()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
+        for outcome in self._callers:
+            if not outcome.done():
+                outcome.set_exception(Draining("the server is shutting down; ask another one"))
 
     def _timed(self, size: int, act: Callable[[], T]) -> T:
         began = time.perf_counter()
@@ -87,3 +106,13 @@ class _Lane:
     def _leave(self, size: int) -> None:
         with self._lock:
             self._prompts, self._bytes = self._prompts - 1, self._bytes - size
+
+
+def _hand_over(done: Future[T], outcome: asyncio.Future[T]) -> None:
+    """The work's end to its caller, if that still waits."""
+    if outcome.done() or done.cancelled():
+        return
+    if (error := done.exception()) is not None:
+        outcome.set_exception(error)
+    else:
+        outcome.set_result(done.result())

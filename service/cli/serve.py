@@ -129,13 +129,13 @@ def command(
     )
     serving = serve(address, partial(load, settings), grace, announce, security_settings(security), stall)
     try:
-        served = asyncio.run(serving)
+        asyncio.run(serving)
     except EngineStalled as error:
         click.echo(f"Error: {error}", err=True)
         os._exit(FAILED)
-    if not served:
-        # The engine is still being loaded, and its library aborts a process that ends in an orderly way meanwhile.
-        os._exit(0)
+    # Everything is closed and told. A library may be at work on a thread of its own yet: an orderly end would wait for
+    # the tokeniser (4 s with a prompt of 4 MB), and is aborted by an engine that is being loaded.
+    os._exit(0)
 
 
 def announce(address: str) -> None:

@@ -98,6 +98,15 @@ async def test_a_prompt_whose_caller_has_gone_makes_room(tmp_path: Path, gate: G
         assert (await failure_of(third)).code is grpc.StatusCode.INVALID_ARGUMENT
 
 
+async def test_a_shutdown_waits_for_no_prompt(tmp_path: Path, gate: Gate) -> None:
+    """Catches callers that are cut off without a reason while theirs is tokenised, and an end that waits for it."""
+    async with two_long_prompts(tmp_path, gate) as (harness, calls):
+        assert await asyncio.wait_for(harness.server.stop(60), 30)
+        for call in calls:
+            failure = await failure_of(call)
+            assert (failure.code, failure.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+
+
 async def test_a_lane_takes_one_prompt_of_any_size() -> None:
     """Catches a bound that nothing passes; and counts what is refused and what is not by hand."""
     threads, gate = PromptThreads(), threading.Event()
