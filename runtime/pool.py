@@ -45,7 +45,11 @@ class PagePool:
         self.sliding, self.full = PageGroup(geometry.sliding_pages), PageGroup(geometry.full_pages)
 
     def digests(self, token_ids: NDArray[np.int64]) -> tuple[bytes, ...]:
-        """Digests of a prompt's pages, as far as they can be shared: each of the page's tokens and all before them."""
+        """Digests of a prompt's pages, as far as they can be shared: each of the page's tokens and all before them.
+
+        Tokens are all that the K/V of a text depend on. Where images are served theirs must be digested as well, since
+        the tokens of all images are the same.
+        """
         sharable = np.ascontiguousarray(token_ids[: len(token_ids) // self._step * self._step], "<i8")
         digests = [b""]
         for begin in range(0, len(sharable), self.page_size):

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtime.calls import EngineCalls
@@ -261,7 +261,12 @@ class Runner:
             tickets = [ticket for ticket in tickets if ticket.work.generation.encode_tokens]
         if not tickets:
             return
-        for ticket, outcome in zip(tickets, run(tickets, self._calls), strict=True):
+        outcomes: Sequence[list[Event] | Exception]
+        try:
+            outcomes = run(tickets, self._calls)
+        except Exception as error:
+            outcomes = [error] * len(tickets)
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
             self._hand_out(ticket, outcome)
         if self._calls.suspect and self._rebuild is not None:
             self._start_anew(self._rebuild)

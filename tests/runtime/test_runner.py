@@ -255,6 +255,18 @@ def test_a_fault_ends_the_requests_of_its_call_and_nobody_else(caplog: pytest.Lo
     assert all(fault.correlation_id in caplog.text for fault in faults)
 
 
+def test_a_bug_in_one_request_spares_the_others() -> None:
+    """Something that is called while the readouts of one call are handed out raises for one of the rows."""
+    engine = FakeEngine()
+    with running(engine) as runner:
+        readers = together(runner, engine, [(2, 7), (2, 8)])
+        broken = Reader()
+        broken.wants_draft = None  # type: ignore[method-assign, assignment]
+        runner.submit(request(2, 9, drafts=True), broken)
+        assert isinstance(broken.rest()[-1], EngineFault)
+        assert [reader.answer() for reader in readers] == [[7], [8]]
+
+
 def test_what_a_failed_call_wrote_is_not_shared() -> None:
     """The first prompt's second chunk fails when half of its call is done; an equal prompt must not find it."""
     engine = FakeEngine()
