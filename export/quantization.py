@@ -158,7 +158,7 @@ class _Pass:
         """The codes, flat, some rows at a time."""
         scales = []
         for rows in whole_rows(self._tensor):
-            for block in rows.split(max(1, _BLOCK // rows.shape[1])):
+            for block in torch.split(rows, max(1, _BLOCK // rows.shape[1])):
                 codes, scale = self._quantize(block)
                 scales.append(scale.flatten())
                 yield codes.flatten()
