@@ -18,6 +18,8 @@ from runtime.diffusion import CanvasDiffusion
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Prefix
 from runtime.engines.torch import TorchEngine
 from runtime.engines.torch_calls import Call
+from runtime.engines.torch_options import Options
+from runtime.engines.torch_program import Steps
 from runtime.random import CanvasStream
 from runtime.request import SamplingParameters
 
@@ -37,10 +39,32 @@ def sampling(seed: int, steps: int) -> SamplingParameters:
 
 
 class TimedEngine(TorchEngine):
-    """Notes how long the device worked on each call."""
+    """Notes how long the device worked on each call, and can be compiled anew with other options."""
 
     device_milliseconds = 0.0
     last_call: Call
+    _bound: Steps
+
+    def recompile(self, options: Options) -> None:
+        """Go on with these options of compilation, over the same weights and pool."""
+        self.options = options
+        self._calls.clear()
+        self._compile(self._bound)
+
+    def replay_milliseconds(self, count: int = 8) -> float:
+        """Of the call made last, when the host is not waited for between two of them."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self.stream):
+            begin.record()
+            for _ in range(count):
+                self.last_call.run()
+            end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / count
+
+    def _compile(self, steps: Steps) -> None:
+        self._bound = steps
+        super()._compile(steps)
 
     def run_call(self, call: Call) -> None:
         """Run a call between two events."""
@@ -89,6 +113,8 @@ class StepTimes:
     """Milliseconds that the device works of it."""
     host: float
     """Milliseconds between two steps."""
+    replay: float
+    """Milliseconds that the device works on a step when steps follow each other without a host between them."""
 
 
 @dataclass
@@ -172,7 +198,8 @@ def time_steps(engine: TimedEngine, count: int, start: int, steps: int = 16) -> 
         device.append(engine.device_milliseconds)
     periods = [(after - before) * 1e3 for before, after in itertools.pairwise(begins)][2:]
     hosts = [period - busy for period, busy in zip(periods, device[2:], strict=False)]
-    return StepTimes(statistics.median(periods), statistics.median(device[2:]), statistics.median(hosts))
+    replay = engine.replay_milliseconds() if engine.stream is not None else 0.0
+    return StepTimes(statistics.median(periods), statistics.median(device[2:]), statistics.median(hosts), replay)
 
 
 def encode(engine: TimedEngine, canvas: Canvas, token_ids: NDArray[np.int64], start: int, chunk: int) -> float:

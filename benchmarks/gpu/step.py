@@ -31,7 +31,7 @@ from runtime.engines.torch_options import Options
 from runtime.engines.torch_program import Rewrites
 
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int4": "int4"}
-PIECES = ("step", "protocol", "batches", "prefixes", "prefill", "profile", "memory")
+PIECES = ("step", "protocol", "batches", "prefixes", "prefill", "profile", "memory", "variants")
 _PROTOCOL_STEPS = 16
 
 
@@ -155,6 +155,14 @@ class Bench:
             _say(f"  {milliseconds:8.4f} ms {milliseconds / total:6.1%} {count:6.0f}x  {name[:110]}")
         self.results["profile"] = [{"ms": ms, "count": count, "kernel": name} for ms, count, name in table]
 
+    def variants(self) -> None:
+        """One canvas with one stream in place of two, over the same weights."""
+        options = self.engine.options
+        for name, other in (("one stream", replace(options, beside=False)), ("as before", options)):
+            self.engine.recompile(other)
+            _say(f"variant: {name}")
+            self._steps(1, self.arguments.prefix)
+
     def memory(self) -> None:
         """Peaks since the start."""
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
@@ -197,7 +205,7 @@ class Bench:
         floor = step_floor(self.config, self.precision, count, prefix, self.limits)
         _say(
             f"denoise {count:2} x prefix {prefix:6}: step {times.step:7.3f} ms, device {times.device:7.3f}, "
-            f"host {times.host:6.3f}; floor {floor.milliseconds:7.3f} "
+            f"host {times.host:6.3f}, replayed {times.replay:7.3f}; floor {floor.milliseconds:7.3f} "
             f"({floor.bytes / 1e9:.2f} GB, {floor.operations / 1e12:.2f} TFLOP), x{times.step / floor.milliseconds:.2f}"
         )
         row = {"canvases": count, "prefix": prefix, **asdict(times), "floor_ms": floor.milliseconds}
@@ -224,7 +232,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--layers", type=int, default=LAYERS, help="6 for a fifth of the model, to try things")
     parser.add_argument("--check", action="store_true", help="compare with the references instead of timing")
-    parser.add_argument("--pieces", type=_list(str), default=list(PIECES), help=f"some of {','.join(PIECES)}")
+    parser.add_argument("--pieces", type=_list(str), default=list(PIECES[:-1]), help=f"some of {','.join(PIECES)}")
     parser.add_argument("--batch", type=int, default=1, help="canvases of the profile")
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--batches", type=_list(int), default=[1, 2, 4, 8, 16])

@@ -86,7 +86,7 @@ class TorchEngine:
             BundleError: they do not fit.
         """
         self.facts, self.pool = model.facts, options.geometry(model.facts)
-        self._options, self._device = options, torch.device(options.device)
+        self.options, self._device = options, torch.device(options.device)
         self._cuda = self._device.type == "cuda"
         self.stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         """Everything is launched on it."""
@@ -149,14 +149,14 @@ class TorchEngine:
         inputs = {f"k_pool_{i}": keys for i, keys in enumerate(self.keys)}
         inputs |= {f"v_pool_{i}": values for i, values in enumerate(self.values)}
         inputs["guarded_ids"] = torch.tensor(model.end_token_ids, dtype=torch.int64, device=device)
-        self._compile(bind(model.program, model.record, inputs, model.fill, device, self._options.rewrites))
+        self._compile(bind(model.program, model.record, inputs, model.fill, device, self.options.rewrites))
 
     def _compile(self, steps: Steps) -> None:
         def compiled(module: Any) -> Any:
-            compiler = self._options.compiler
+            compiler = self.options.compiler
             return module if compiler is None else torch.compile(module, backend=compiler)
 
-        beside = self._cuda and self._options.beside
+        beside = self._cuda and self.options.beside
         aside = torch.cuda.Stream(self._device) if beside else None  # type: ignore[no-untyped-call]
         # Calls of one canvas have compiled code of their own, for their exact sizes; the others share one for any.
         self._steps = {
@@ -171,7 +171,7 @@ class TorchEngine:
 
     def _encode(self, row: EncodeRow) -> None:
         length = len(row.token_ids)
-        bucket = self._options.encode_bucket
+        bucket = self.options.encode_bucket
         padded = length if bucket is None else bucket << (-(-length // bucket) - 1).bit_length()
         tables = self._tables(row.prefix, row.start)
         call = self._encode_call(padded, self._full_bucket(len(tables["full_table"])))
