@@ -11,7 +11,7 @@ from random import Random
 import click
 import torch
 
-from checkpoints.pocket_recipe import checkpoint, definitions, prose, stories15m, tokenizer
+from checkpoints.pocket_recipe import checkpoint, definitions, prose, stories15m, tokenizer, tuning
 from checkpoints.pocket_recipe.batches import Material
 from checkpoints.pocket_recipe.evaluation import Settings, evaluate
 from checkpoints.pocket_recipe.keeper import Keeper, table
@@ -141,6 +141,38 @@ def evaluate_command(
     settings = replace(Settings(), entropy_bound=entropy_bound, t_min=t_min, t_max=t_max)
     model = checkpoint.read(directory).to(device)
     click.echo(table(evaluate(model, tokenizer.load(POCKET), settings, prompts, seed, rows)))
+
+
+@main.command()
+@_data
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--threads", default=2, show_default=True, help="On the CPU.")
+@click.option(
+    "--checkpoint", "directory", type=click.Path(exists=True, path_type=Path), default=POCKET, show_default=True
+)
+@click.option("--prompts", default=8, show_default=True, help="Of each promised task; 0 looks at prose alone.")
+@click.option("--openings", default=20, show_default=True, help="Questions for one to four sentences of a story.")
+@click.option("--seed", default=3, show_default=True)
+@click.option("--entropy-bound", "bounds", type=float, multiple=True, default=[1e-5, 0.02, 0.1, 0.5], show_default=True)
+@click.option("--temperatures", type=(float, float), multiple=True, default=[(0.2, 0.3)], help="T_MIN and T_MAX.")
+@click.option("--confidence", "confidences", type=float, multiple=True, default=[1e-3], show_default=True)
+@click.option("--max-steps", "most_steps", type=int, multiple=True, default=[48], show_default=True)
+def tune(
+    data: Path, device: str, threads: int, directory: Path, prompts: int, openings: int, seed: int,
+    bounds: tuple[float, ...], temperatures: tuple[tuple[float, float], ...], confidences: tuple[float, ...],
+    most_steps: tuple[int, ...],
+) -> None:  # fmt: skip
+    """Compare sampler settings, every combination of what is given, on held-out tasks and unseen story openings."""
+    torch.set_num_threads(threads)
+    target = torch.device(device)
+    judge = stories15m.load(data / "stories15m.f16", target, torch.float32)
+    questions = tuning.openings(judge, openings, seed)
+    model = checkpoint.read(directory).to(target)
+    bench = tuning.Bench(model, tokenizer.load(POCKET), judge, questions, prompts, seed)
+    click.echo(tuning.HEADER)
+    click.echo(tuning.prose_line("the story model's own", tuning.appraise(judge, [q.expected for q in questions])))
+    for settings in tuning.grid(bounds, temperatures, confidences, most_steps):
+        click.echo(tuning.line(bench.measure(settings)))
 
 
 if __name__ == "__main__":

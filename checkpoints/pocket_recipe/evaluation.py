@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from random import Random
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from checkpoints.pocket_recipe.batches import CANVAS, prompt_text
 from checkpoints.pocket_recipe.passes import Prefix, denoise, encode
-from checkpoints.pocket_recipe.tasks import TASKS, Example, correct, draw
+from checkpoints.pocket_recipe.tasks import TASKS, Example, Task, correct, draw
 from checkpoints.pocket_recipe.tokenizer import END_TOKENS
 from export.model import StepModel
 from plugins_trt.canvas_readout.reference import canvas_readout
@@ -33,6 +34,11 @@ class Settings:
     stability_threshold: int = 1
     confidence_threshold: float = 1e-5
 
+    def temperature(self, step: int) -> float:
+        """What the logits of a step, from 1, are divided by."""
+        remaining = (self.max_denoising_steps - step + 1) / self.max_denoising_steps
+        return self.t_min + (self.t_max - self.t_min) * remaining
+
 
 @dataclass(frozen=True)
 class Score:
@@ -49,35 +55,55 @@ class Score:
 def generate(
     model: StepModel, prefixes: list[list[int]], settings: Settings, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Denoise one canvas for each prefix: the argmax canvases `[B, 256]` and the steps each took, `[B]`."""
-    device = model.embed_tokens.weight.device
-    prefix = _encode(model, prefixes, device)
-    B, config = len(prefixes), model.config
+    """Denoise one canvas for each prefix: the argmax canvases `[B, 256]` and the steps each took, `[B]`.
 
-    def noise() -> Tensor:
-        return torch.randint(config.vocab_size, (B, CANVAS), generator=generator, device=device)
-
-    canvas, best, soft = noise(), torch.full((B, CANVAS), -1, device=device), None
-    steps, running = torch.zeros(B, device=device), torch.ones(B, dtype=torch.bool, device=device)
-    # As in the service, an answer does not begin with its end.
-    guard, guarded = torch.ones(B, dtype=torch.bool, device=device), torch.tensor(END_TOKENS, device=device)
-    for remaining in range(settings.max_denoising_steps, 0, -1):
-        steps += running
-        fraction = remaining / settings.max_denoising_steps
-        temperature = torch.full((B,), settings.t_min + (settings.t_max - settings.t_min) * fraction, device=device)
-        uniform = torch.rand(B, CANVAS, generator=generator, device=device)
-        hidden = denoise(model, canvas, prefix, soft)
-        weight = model.embed_tokens.weight
-        argmax, candidate, entropy, soft = canvas_readout(
-            hidden, weight, temperature, uniform, guard, guarded, config.final_logit_softcap, config.embedding_scale
-        )
-        stable = (argmax == best).all(1)
-        best = torch.where(running[:, None], argmax, best)
-        canvas = torch.where(_accepted(entropy, settings.entropy_bound), candidate, noise())
-        running &= ~(stable & (entropy.mean(1) < settings.confidence_threshold))
-        if not running.any():
+    A row that has stopped leaves the batch, so that a slow one does not keep the others busy.
+    """
+    device, B = model.embed_tokens.weight.device, len(prefixes)
+    prefix, rows = _encode(model, prefixes, device), torch.arange(B, device=device)
+    done, steps = torch.zeros(B, CANVAS, dtype=torch.int64, device=device), torch.zeros(B, device=device)
+    canvas, best, soft = _noise(model, B, generator), torch.full((B, CANVAS), -1, device=device), None
+    for step in range(1, settings.max_denoising_steps + 1):
+        temperature = settings.temperature(step)
+        argmax, candidate, entropy, soft = _read_out(model, canvas, prefix, soft, temperature, generator)
+        done[rows], steps[rows] = argmax, float(step)
+        left = ~((argmax == best).all(1) & (entropy.mean(1) < settings.confidence_threshold))
+        if not left.any():
             break
-    return best, steps
+        canvas = torch.where(_accepted(entropy, settings.entropy_bound), candidate, _noise(model, len(rows), generator))
+        rows, canvas, best, soft, prefix = rows[left], canvas[left], argmax[left], soft[left], prefix.select(left)
+    return done, steps
+
+
+def _noise(model: StepModel, rows: int, generator: torch.Generator) -> Tensor:
+    size = (rows, CANVAS)
+    return torch.randint(model.config.vocab_size, size, generator=generator, device=model.embed_tokens.weight.device)
+
+
+def _read_out(
+    model: StepModel,
+    canvas: Tensor,
+    prefix: Prefix,
+    soft: Tensor | None,
+    temperature: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One denoising step's argmax, candidates, entropies and soft embeddings."""
+    R, device, config = len(canvas), canvas.device, model.config
+    # As in the service, an answer does not begin with its end.
+    guard, guarded = torch.ones(R, dtype=torch.bool, device=device), torch.tensor(END_TOKENS, device=device)
+    uniform = torch.rand(canvas.shape, generator=generator, device=device)
+    hidden = denoise(model, canvas, prefix, soft)
+    return canvas_readout(
+        hidden,
+        model.embed_tokens.weight,
+        torch.full((R,), temperature, device=device),
+        uniform,
+        guard,
+        guarded,
+        config.final_logit_softcap,
+        config.embedding_scale,
+    )
 
 
 def _encode(model: StepModel, prefixes: list[list[int]], device: torch.device) -> Prefix:
@@ -101,11 +127,17 @@ def answer_text(tokenizer: Tokenizer, canvas: list[int]) -> str:
 
 
 def evaluate(
-    model: StepModel, tokenizer: Tokenizer, settings: Settings, prompts: int, seed: int, rows: int = 512
+    model: StepModel,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    prompts: int,
+    seed: int,
+    rows: int = 512,
+    tasks: Sequence[Task] = TASKS,
 ) -> dict[str, Score]:
     """Exact match of `prompts` held-out prompts a task."""
     rng = Random(seed)
-    asked = [(task.name, draw(task, rng, from_held_out=True)) for task in TASKS for _ in range(prompts)]
+    asked = [(task.name, draw(task, rng, from_held_out=True)) for task in tasks for _ in range(prompts)]
     # Like lengths together: a batch is as long as its longest prefix.
     prefixes = [tokenizer.encode(prompt_text(example.messages), add_special_tokens=False).ids for _, example in asked]
     order = sorted(range(len(asked)), key=lambda index: len(prefixes[index]))
@@ -116,7 +148,7 @@ def evaluate(
         canvases, steps = generate(model, [prefixes[index] for index in chosen], settings, generator)
         for index, canvas, count in zip(chosen, canvases.tolist(), steps.tolist(), strict=True):
             results.append((*asked[index], answer_text(tokenizer, canvas), count))
-    return {task.name: _score([result for result in results if result[0] == task.name]) for task in TASKS}
+    return {task.name: _score([result for result in results if result[0] == task.name]) for task in tasks}
 
 
 def _score(results: list[tuple[str, Example, str, float]]) -> Score:

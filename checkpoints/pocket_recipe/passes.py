@@ -17,6 +17,10 @@ class Prefix(NamedTuple):
     values: list[Tensor]
     length: Tensor
 
+    def select(self, rows: Tensor) -> Prefix:
+        """Those of some rows."""
+        return Prefix([key[rows] for key in self.keys], [value[rows] for value in self.values], self.length[rows])
+
 
 def encode(model: StepModel, tokens: Tensor, length: Tensor) -> tuple[Tensor, Prefix]:
     """Encode prefixes `[B, P]`, padded at the end; returns the final states `[B, P, H]` and what canvases see."""

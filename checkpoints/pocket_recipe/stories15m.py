@@ -7,6 +7,7 @@ float32 weights, then the SentencePiece vocabulary. The model is a Llama 2 of 15
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,6 +170,18 @@ def _sample_tokens(model: StoryModel, given: Tensor, generator: torch.Generator,
         token = torch.where(given[:, position] < 0, drawn, given[:, position])
         out.append(token)
     return torch.stack(out, 1)
+
+
+@torch.inference_mode()
+def loss(model: StoryModel, texts: Sequence[str]) -> float:
+    """Mean loss in nats of all tokens of some texts of which each begins a story; strange characters count as `?`."""
+    given = _given(model, [re.sub(r"[^\x20-\x7e\s]", "?", text) for text in texts])[:, : model.shape.context]
+    inputs = F.pad(given.clamp(min=0), (1, 0), value=_BOS)[:, :-1].to(model.weights["embedding"].device)
+    cache, losses = _empty_cache(model, len(texts)), []
+    for position in range(given.shape[1]):
+        logits = _step(model, cache, model.weights["embedding"][inputs[:, position]], position).float().cpu()
+        losses.append(F.cross_entropy(logits, given[:, position], ignore_index=-1, reduction="none"))
+    return (torch.stack(losses, 1).sum() / (given >= 0).sum()).item()
 
 
 def _empty_cache(model: StoryModel, count: int) -> _Cache:

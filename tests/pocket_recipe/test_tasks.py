@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from checkpoints.pocket_recipe.numbers import number_words
-from checkpoints.pocket_recipe.tasks import TASKS, Task, draw, held_out
+from checkpoints.pocket_recipe.tasks import TASKS, Example, Task, draw, held_out
+from checkpoints.pocket_recipe.words import NAMES
 
 BY_NAME = {task.name: task for task in TASKS}
 
@@ -59,6 +60,32 @@ def test_json_answers_parse_and_name_what_the_prompt_says() -> None:
         example = BY_NAME["json"].generate(Random(seed))
         for value in json.loads(example.expected).values():
             assert str(value) in example.messages[0]["content"]
+
+
+@pytest.mark.parametrize("name", ["lookup", "several_lookups", "table_lookup", "then_lookup"])
+def test_lookups_answer_with_what_stands_beside_the_name(name: str) -> None:
+    """Catches a value of another name, names out of the order asked for, and a question about no name of the facts."""
+    for seed in range(200):
+        example = BY_NAME[name].generate(Random(seed))
+        facts, question = _facts_and_question(example)
+        asked = [word for word in re.findall(r"[A-Z][a-z]+", question) if word in NAMES]
+        answered = re.findall(r"([A-Z][a-z]+) (?:lives in|is(?: a)?) (\w+)", example.expected)
+        assert [person for person, _ in answered] == asked
+        assert len(asked) == len(set(asked)) == example.expected.count(".")
+        for person, value in answered:
+            beside = re.search(rf"\b{person}(?: is a | is | lives in |: | \| )(\w+)", facts)
+            assert beside is not None
+            assert beside.group(1) == value
+
+
+def _facts_and_question(example: Example) -> tuple[str, str]:
+    """The question is what follows the last fact, or the last turn of two."""
+    last = example.messages[-1]["content"]
+    if len(example.messages) > 1:
+        return example.messages[1]["content"], last
+    start = max(last.rfind(f" {word} ") for word in ("What", "what", "How", "how", "Where", "where"))
+    start = max(start, last.rfind("\n"))
+    return last[:start], last[start:]
 
 
 @pytest.mark.parametrize(
