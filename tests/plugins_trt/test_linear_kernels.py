@@ -128,6 +128,17 @@ def test_rows_do_not_depend_on_each_other(interpreter: Interpreter) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("fp8", "kernels"), [(True, ["_quantize", "_product"]), (False, ["_product"])])
+def test_activations_are_quantised_where_the_gpu_multiplies_8_bit_floats(
+    fp8: bool, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a default that some GPUs cannot compile."""
+    monkeypatch.setattr(kernel, "has_fp8", lambda device: fp8)
+    x, weight = torch.empty(256, 128, device="meta"), torch.empty(8192, 128, dtype=FP8, device="meta")
+    launches = launches_of(kernel.linear_fp8, x, weight, torch.empty(8192, device="meta"))
+    assert [launch.kernel.__name__ for launch in launches] == kernels
+
+
 FP8_PRODUCT = {
     89: r"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32",
     90: r"wgmma.mma_async.sync.aligned.m64n\d+k32.f32.e4m3.e4m3",
