@@ -31,7 +31,7 @@ from runtime.engines.torch_options import Options
 from runtime.engines.torch_program import Rewrites
 
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int4": "int4"}
-PIECES = ("step", "protocol", "batches", "prefixes", "prefill", "profile", "memory", "variants")
+PIECES = ("step", "protocol", "prefill", "memory", "batches", "prefixes", "profile", "variants")
 _PROTOCOL_STEPS = 16
 
 
