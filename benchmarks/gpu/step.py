@@ -238,7 +238,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=_list(int), default=[1, 2, 4, 8, 16])
     parser.add_argument("--prefixes", type=_list(int), default=[0, 1024, 8192, 65536, 262144])
     parser.add_argument("--prefills", type=_list(int), default=[256, 1024, 8192])
-    parser.add_argument("--chunks", type=_list(int), default=[2048], help="tokens of an encode row, to try several")
+    parser.add_argument("--chunks", type=_list(int), default=[4096], help="tokens of an encode row, to try several")
     parser.add_argument("--steps", type=int, default=24, help="timed steps of a median")
     parser.add_argument("--reference", action="store_true", help="measure transformers first")
     parser.add_argument("--program", type=Path, help="file to keep the exported program in, which takes half a minute")

@@ -46,7 +46,7 @@ class Options:
         plain = cls(device, canvas_slots=canvas_slots)
         if torch.device(device).type == "cpu":
             return plain
-        longer = replace(plain, encode_chunk=2048, encode_bucket=256, batch=16)
+        longer = replace(plain, encode_chunk=4096, encode_bucket=256, batch=16)
         return replace(longer, compiler="inductor", graphs=True, beside=True)
 
     def geometry(self, facts: ModelFacts) -> PoolGeometry:
