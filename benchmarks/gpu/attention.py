@@ -177,16 +177,17 @@ def line(rows: Rows, row: dict[str, object]) -> str:
 FUSED = [
     Tiles(rows, keys, keys, 256, warps, stages, resident)
     for rows, keys, warps, stages, resident in (
-        (128, 64, 8, 3, 1), (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (128, 32, 8, 4, 1),
-        (64, 64, 4, 3, 1), (64, 32, 4, 3, 2), (64, 32, 4, 2, 2),
+        (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (128, 32, 8, 2, 1), (64, 64, 4, 2, 1), (64, 32, 4, 2, 2),
     )
 ]  # fmt: skip
 WIDE = [
-    (Tiles(rows, keys, step, 256, 8, stages), Tiles(rows, keys, last_step, columns, 8, last_stages, resident))
-    for rows, keys, step, stages, last_step, columns, last_stages, resident in (
-        (128, 256, 64, 3, 128, 256, 3, 1), (128, 256, 64, 4, 64, 256, 5, 1), (128, 256, 64, 3, 64, 128, 3, 2),
-        (128, 128, 64, 3, 128, 256, 2, 1), (128, 128, 64, 3, 64, 256, 3, 1), (128, 256, 128, 2, 64, 256, 3, 1),
-        (64, 256, 64, 4, 64, 256, 3, 1), (256, 128, 64, 3, 64, 128, 3, 1),
+    (
+        Tiles(rows, keys, 64, 256, 8, stages, resident),
+        Tiles(rows, keys, 64, columns, 8, last_stages, last_resident),
+    )
+    for rows, keys, stages, resident, columns, last_stages, last_resident in (
+        (128, 256, 4, 1, 256, 4, 1), (128, 256, 3, 1, 256, 3, 1), (128, 256, 4, 4, 256, 4, 1),
+        (128, 128, 3, 1, 256, 4, 1), (256, 128, 4, 1, 128, 4, 1),
     )
 ]  # fmt: skip
 """The first of each are those of the tables."""

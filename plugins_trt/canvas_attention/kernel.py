@@ -8,7 +8,7 @@ softmax weights between two products, in a scratch of bounded size. Splits of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -94,8 +94,7 @@ def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
     rows = 128 if gpu.is_large and not wide else 64
     rows = min(rows, max(16, triton.next_power_of_2(S * heads // kv_heads)))
     keys = 64 if gpu.is_large and not wide else 32
-    # One of three stages goes to the pages' numbers.
-    stages = 1 if wide else 3 if gpu.is_large else 2
+    stages = 1 if wide else 2
     return Tiles(rows, keys, width, width, warps=8 if rows == 128 else 4, stages=stages)
 
 
@@ -105,9 +104,8 @@ def wide_tiles(gpu: Gpu, query: Tensor) -> tuple[Tiles, Tiles]:
         tiles = Tiles(rows=64, keys=64, step=32, columns=128, warps=4, stages=2)
         return tiles, tiles
     if gpu.is_large:
-        tiles = Tiles(rows=128, keys=256, step=64, columns=256, warps=8, stages=3)
-        # Half the rescalings of the sums; one of the stages goes to the pages' numbers, 198 KB remain.
-        return tiles, replace(tiles, step=128)
+        tiles = Tiles(rows=128, keys=256, step=64, columns=256, warps=8, stages=4)
+        return tiles, tiles
     tiles = Tiles(rows=64, keys=128, step=32, columns=128, warps=4, stages=3)
     return tiles, tiles
 
@@ -184,6 +182,7 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
     chunks = triton.cdiv(all_tiles, max(1, fitting))
     chunk = triton.cdiv(all_tiles, chunks)
     splits = _splits(gpu.multiprocessors * gather_tiles.resident, B * call.kv_heads * blocks * bands, chunk)
+    shares = max(1, min(gpu.multiprocessors * tiles.resident // (B * call.kv_heads * blocks), chunk))
     # What several chunks add to stays in float32.
     partial = call.partials(splits, call.query.dtype if chunks == 1 else torch.float32)
     # Two, since a chunk's bands of columns all read what the chunk before it left.
@@ -192,7 +191,7 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
     weights = torch.empty(stored_rows, chunk * tiles.keys, dtype=call.query.dtype, device=device)
     statistics = torch.empty(2, B * call.kv_heads, chunk, blocks * tiles.rows, dtype=torch.float32, device=device)
     for index in range(chunks):
-        weigh[(blocks, chunk, B * call.kv_heads)](
+        weigh[(blocks, shares, B * call.kv_heads)](
             call.query, call.key, call.key_pool, call.page_table, *call.visibility, weights, statistics,
             index * chunk, chunk, B, **call.sizes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=tiles.step,
             num_warps=tiles.warps, num_stages=tiles.stages,
@@ -241,29 +240,52 @@ def _visible_tiles(PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE
 
 
 @triton.jit
-def _keys_of(tile, base, start, first_cached, cached, first_own, pages, S,
-             PAGE: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """The keys of a tile: whether they lie in the pool, their slots or indices in the row, their positions, or -1."""
-    in_pool = tile < cached
-    first = tl.where(in_pool, first_cached + tile, first_own + tile - cached) * BLOCK_N
-    index = first + tl.arange(0, BLOCK_N)
-    position = tl.where(in_pool, base, start) + index
-    exists = tl.where(in_pool, (index < pages * PAGE) & (position < start), index < S)
-    return in_pool, first, index, tl.where(exists, position, -1)
+def _seen_by_all(begin, end, tokens, S):
+    """First and last position (exclusive) between which every row sees every key: most tiles need no mask."""
+    return tl.max(tl.where(tokens < S, begin, 0), 0), tl.min(tl.where(tokens < S, end, 0x7FFFFFFF), 0)
 
 
 @triton.jit
-def _rows_of(POOL, OWN, PAGE_TABLE, in_pool, first, index, position, PAGE: tl.constexpr, STRIDE: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
-    """Pointers to the keys' (or values') first columns; `POOL` and `OWN` stand at the head, the table at the row."""
+def _keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N: tl.constexpr):
+    """Whether a tile lies in the pool, the slot or index in the row of its first key, and that key's position."""
+    in_pool = tile < cached
+    first = tl.where(in_pool, first_cached + tile, first_own + tile - cached) * BLOCK_N
+    return in_pool, first, tl.where(in_pool, base, start) + first
+
+
+@triton.jit
+def _page_of(PAGE_TABLE, tile, first_cached, cached, pages, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """The page of a tile of keys, or where pages are no multiples of tiles that of each key.
+
+    Loops look it up one tile ahead: a load whose address is loaded in the same step is not fetched ahead of its use.
+    """
+    in_pool, first = tile < cached, (first_cached + tile) * BLOCK
     if PAGE % BLOCK == 0:
-        page = tl.load(PAGE_TABLE + first // PAGE, mask=in_pool, other=0)
-        pooled = POOL + (page * PAGE + first % PAGE) * STRIDE
-        return tl.where(in_pool, pooled, OWN + first * STRIDE) + tl.arange(0, BLOCK) * STRIDE
+        return tl.load(PAGE_TABLE + first // PAGE, mask=in_pool, other=0)
     else:  # noqa: RET505 (the branch is chosen when compiling, and this one must not be compiled then)
-        page = tl.load(PAGE_TABLE + index // PAGE, mask=tl.where(in_pool, position, -1) >= 0, other=0)
-        pooled = POOL + (page * PAGE + index % PAGE) * STRIDE
-        return tl.where(in_pool, pooled, OWN + index * STRIDE)
+        index = first + tl.arange(0, BLOCK)
+        return tl.load(PAGE_TABLE + index // PAGE, mask=tl.where(in_pool, index, pages * PAGE) < pages * PAGE, other=0)
+
+
+@triton.jit
+def _rows_of(POOL, OWN, page, in_pool, first, PAGE: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to the keys' (or values') first columns; `POOL` and `OWN` stand at the head."""
+    within = tl.arange(0, BLOCK)
+    if PAGE % BLOCK == 0:
+        pooled = POOL + (page * PAGE + first % PAGE) * STRIDE
+        return tl.where(in_pool, pooled, OWN + first * STRIDE) + within * STRIDE
+    else:  # noqa: RET505
+        pooled = POOL + (page * PAGE + (first + within) % PAGE) * STRIDE
+        return tl.where(in_pool, pooled, OWN + (first + within) * STRIDE)
+
+
+@triton.jit
+def _columns(rows, d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where both rows and columns exist, `[rows, BLOCK_D]`."""
+    if D % BLOCK_D == 0:
+        return rows[:, None]
+    else:  # noqa: RET505
+        return rows[:, None] & (d < D)[None, :]
 
 
 @triton.jit(do_not_specialize=["pages", "splits"])
@@ -280,7 +302,7 @@ def attend(
     tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
     # Asked for first: what the rows see takes several dependent reads.
     d = tl.arange(0, BLOCK_D)
-    inside = (tokens < S)[:, None] & (d < D)[None, :]
+    inside = _columns(tokens < S, d, D, BLOCK_D)
     place = (b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads
     query = tl.load(QUERY + place[:, None] * D + d[None, :], mask=inside, other=0.0)
     base, start, begin, end, first_cached, cached, first_own, count = _visible_tiles(
@@ -292,30 +314,30 @@ def attend(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for tile in range(split * count // splits, (split + 1) * count // splits):
-        in_pool, first, index, position = _keys_of(
-            tile, base, start, first_cached, cached, first_own, pages, S, PAGE, BLOCK_N
-        )
+    seen_from, seen_to = _seen_by_all(begin, end, tokens, S)
+    stop = (split + 1) * count // splits
+    page = _page_of(table, split * count // splits, first_cached, cached, pages, PAGE, BLOCK_N)
+    for tile in range(split * count // splits, stop):
+        in_pool, first, position = _keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
+        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
         # Slots that hold no token may hold NaN, which a weight of 0 does not silence.
-        exists = (position >= 0)[:, None] & (d < D)[None, :]
-        rows = _rows_of(
-            KEY_POOL + kv_head * D, KEY + own, table, in_pool, first, index, position, PAGE, stride, BLOCK_N
-        )
+        exists = _columns(position + tl.arange(0, BLOCK_N) < last, d, D, BLOCK_D)
+        rows = _rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
         keys = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
-        scores = tl.dot(query, keys.T, input_precision="ieee") * 1.4426950408889634
-        seen = (position[None, :] >= begin[:, None]) & (position[None, :] < end[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1))
+        scores = tl.dot(query, keys.T, input_precision="ieee")
+        if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
+            at = (position + tl.arange(0, BLOCK_N))[None, :]
+            scores = tl.where((at >= begin[:, None]) & (at < tl.minimum(end, last)[:, None]), scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * 1.4426950408889634)
         reference = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(scores - reference[:, None])
+        weights = tl.exp2(scores * 1.4426950408889634 - reference[:, None])
         fade = tl.exp2(largest - reference)
         total = total * fade + tl.sum(weights, 1)
-        rows = _rows_of(
-            VALUE_POOL + kv_head * D, VALUE + own, table, in_pool, first, index, position, PAGE, stride, BLOCK_N
-        )
+        rows = _rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_N)
         values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
         sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
         largest = larger
+        page = _page_of(table, tile + 1, first_cached, cached, pages, PAGE, BLOCK_N)
     place += tl.num_programs(2).to(tl.int64) * split * S * (KV_HEADS * GROUP)
     tl.store(TOTALS + place, largest + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=tokens < S)
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -328,44 +350,48 @@ def weigh(
     first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Softmax weights of one block of rows for one tile of keys, relative to the tile's largest score.
+    """Softmax weights of one block of rows for every so many tiles of keys, relative to a tile's largest score.
 
     The largest is rounded up to a whole power of two, so that bringing weights of several tiles to one scale is exact.
     """
-    block, stored = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
     b, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
     base, start, begin, end, first_cached, cached, first_own, count = _visible_tiles(
         PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
     )
-    if first_tile + stored < count:
-        in_pool, first, index, position = _keys_of(
-            first_tile + stored, base, start, first_cached, cached, first_own, pages, S, PAGE, BLOCK_N
-        )
-        stride: tl.constexpr = KV_HEADS * D
-        own = b.to(tl.int64) * S * stride + kv_head * D
-        table = PAGE_TABLE + b.to(tl.int64) * pages
-        rows = _rows_of(
-            KEY_POOL + kv_head * D, KEY + own, table, in_pool, first, index, position, PAGE, stride, BLOCK_N
-        )
-        queries = QUERY + ((b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads) * D
+    stride: tl.constexpr = KV_HEADS * D
+    own = b.to(tl.int64) * S * stride + kv_head * D
+    table = PAGE_TABLE + b.to(tl.int64) * pages
+    seen_from, seen_to = _seen_by_all(begin, end, tokens, S)
+    queries = QUERY + ((b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads) * D
+    padded = tl.num_programs(0) * BLOCK_M
+    place = (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
+    for stored in range(tl.program_id(1), tl.minimum(count - first_tile, tiles), tl.num_programs(1)):
+        tile = first_tile + stored
+        in_pool, first, position = _keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
+        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+        at = position + tl.arange(0, BLOCK_N)
+        page = _page_of(table, tile, first_cached, cached, pages, PAGE, BLOCK_N)
+        rows = _rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for column in range(0, D, BLOCK_K):
             d = column + tl.arange(0, BLOCK_K)
-            query = tl.load(queries[:, None] + d[None, :], mask=(tokens < S)[:, None] & (d < D)[None, :], other=0.0)
-            keys = tl.load(rows[:, None] + d[None, :], mask=(position >= 0)[:, None] & (d < D)[None, :], other=0.0)
+            query = tl.load(queries[:, None] + d[None, :], mask=_columns(tokens < S, d, D, BLOCK_K), other=0.0)
+            keys = tl.load(rows[:, None] + d[None, :], mask=_columns(at < last, d, D, BLOCK_K), other=0.0)
             scores = tl.dot(query, keys.T, scores, input_precision="ieee")
-        seen = (position[None, :] >= begin[:, None]) & (position[None, :] < end[:, None])
-        scores = tl.where(seen, scores * 1.4426950408889634, float("-inf"))
-        largest = tl.ceil(tl.max(scores, 1))
-        weights = tl.exp2(scores - tl.where(largest == float("-inf"), 0.0, largest)[:, None])
-        padded = tl.num_programs(0) * BLOCK_M
+        if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
+            seen = (at[None, :] >= begin[:, None]) & (at[None, :] < tl.minimum(end, last)[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        largest = tl.ceil(tl.max(scores, 1) * 1.4426950408889634)
+        reference = tl.where(largest == float("-inf"), 0.0, largest)
+        weights = tl.exp2(scores * 1.4426950408889634 - reference[:, None])
         statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
         tl.store(statistic, largest)
         tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))
-        place = (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N) + stored * BLOCK_N
-        tl.store(WEIGHTS + place[:, None] + tl.arange(0, BLOCK_N)[None, :], weights.to(WEIGHTS.dtype.element_ty))
+        out = WEIGHTS + (place + stored * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(out, weights.to(WEIGHTS.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
@@ -420,20 +446,27 @@ def gather(
     stored = WEIGHTS + (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
     steps: tl.constexpr = BLOCK_N // BLOCK_K
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_step = first_tile * steps
+    page = _page_of(table, first_step + share_begin * steps, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+    # Looked up a tile ahead too.
+    upcoming = tl.load(statistics + share_begin * padded, mask=row * 0 + share_begin < share_end, other=0.0)
     for step in range(share_begin * steps, share_end * steps):
-        tile = step // steps
-        in_pool, first, index, position = _keys_of(
-            (first_tile + tile) * steps + step % steps, base, start,
-            first_cached * steps, cached * steps, first_own * steps, pages, S, PAGE, BLOCK_K,
-        )  # fmt: skip
-        weights = tl.load(stored[:, None] + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
-        reference = tl.maximum(tl.load(statistics + tile * padded), least)
-        rows = _rows_of(
-            VALUE_POOL + kv_head * D, VALUE + own, table, in_pool, first, index, position, PAGE, stride, BLOCK_K
+        in_pool, first, position = _keys_of(
+            first_step + step, base, start, first_cached * steps, cached * steps, first_own * steps, BLOCK_K
         )
-        values = tl.load(rows[:, None] + d[None, :], mask=(position >= 0)[:, None] & (d < D)[None, :], other=0.0)
-        sums = tl.dot(weights, values, sums * tl.exp2(relative_to - reference)[:, None], input_precision="ieee")
-        relative_to = reference
+        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+        weights = tl.load(stored[:, None] + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
+        rows = _rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_K)
+        exists = _columns(position + tl.arange(0, BLOCK_K) < last, d, D, BLOCK_D)
+        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+        page = _page_of(table, first_step + step + 1, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+        if step % steps == 0:
+            reference = tl.maximum(upcoming, least)
+            sums *= tl.exp2(relative_to - reference)[:, None]
+            relative_to = reference
+            following = tl.minimum(step // steps + 1, share_end - 1)
+            upcoming = tl.load(statistics + following * padded)
+        sums = tl.dot(weights, values, sums, input_precision="ieee")
     to_largest = tl.exp2(relative_to - tl.where(largest == float("-inf"), 0.0, largest))
     result = sums * (to_largest / tl.where(total == 0.0, 1.0, total))[:, None]
     logarithm = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
