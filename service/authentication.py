@@ -42,8 +42,8 @@ class Authenticator:
         self._clients, self._web_tokens = clients, web_tokens
         self._needs_token = web_tokens is not None
 
-    def caller(self, method: str, context: Context) -> Caller:
-        """Who makes this call. Belongs to the event loop's thread.
+    def by_token(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Caller | None:
+        """Who calls by its token; None where none is needed. Belongs to the event loop's thread.
 
         Raises:
             Unauthenticated: a token is needed, and there is none, or none that is good.
@@ -52,8 +52,8 @@ class Authenticator:
         # For good, once there was one: a file that has lost its last token opens no door.
         self._needs_token = self._needs_token or (clients is not None and bool(clients.names))
         if method.startswith(OPEN_METHODS) or not self._needs_token:
-            return _peer(context)
-        token = _bearer_token(context.invocation_metadata() or ())
+            return None
+        token = _bearer_token(metadata)
         name = clients.name_of(token) if clients is not None else None
         if name is None and self._web_tokens is not None:
             name = self._web_tokens.subject_of(token)
@@ -62,16 +62,16 @@ class Authenticator:
         return Caller(name, known=True)
 
 
+def by_peer(context: Context) -> Caller:
+    """Who calls by its certificate, else by its machine."""
+    for name in context.auth_context().get("x509_common_name", ()):
+        return Caller(name.decode(errors="replace"), known=True)
+    # `ipv4:127.0.0.1:50000`, `ipv6:[::1]:50000`, `unix:`: without the port, which every connection has of its own.
+    return Caller(str(context.peer()).rpartition(":")[0], known=False)
+
+
 def _bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     found = [value for key, value in metadata if key == "authorization"]
     if len(found) != 1 or not isinstance(found[0], str) or not found[0].lower().startswith(SCHEME):
         raise Unauthenticated("a bearer token is needed: send one header `authorization: Bearer TOKEN`")
     return found[0][len(SCHEME) :].strip()
-
-
-def _peer(context: Context) -> Caller:
-    """The client that a certificate names, else the machine at the other end."""
-    for name in context.auth_context().get("x509_common_name", ()):
-        return Caller(name.decode(errors="replace"), known=True)
-    # `ipv4:127.0.0.1:50000`, `ipv6:[::1]:50000`, `unix:`: without the port, which every connection has of its own.
-    return Caller(str(context.peer()).rpartition(":")[0], known=False)

@@ -1,6 +1,6 @@
 """The one place where a call's errors become its status.
 
-Around every handler: who calls is found out (`service.authentication`), then its requests are parsed
+Around every handler: who calls is found out (`service.authentication`), then its requests are read and parsed
 (`service.wire`). An error of the project's tree becomes the status of `service.status`, any other exception INTERNAL
 with a correlation id. gRPC's own signals pass through untouched: an abort that is under way, a cancelled task
 (CancelledError), a generator that is closed (GeneratorExit), and the failed write to a client that has gone. Each call
@@ -25,8 +25,8 @@ from typing import Any, TypeAlias, cast
 import grpc
 from google.rpc import status_pb2
 
-from runtime.errors import DgemmaError
-from service.authentication import CALLER, Authenticator
+from runtime.errors import DgemmaError, Unauthenticated
+from service.authentication import CALLER, Authenticator, Caller, by_peer
 from service.status import DETAILS_KEY, code_of, internal_status, status_of
 from service.wire import parse
 
@@ -52,10 +52,18 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
         """The handler that `continuation` finds, guarded; None where there is none, which gRPC answers itself."""
-        handler = await continuation(handler_call_details)
-        return None if handler is None else self._guard(handler, str(handler_call_details.method))
+        handler, method = await continuation(handler_call_details), str(handler_call_details.method)
+        if handler is None:
+            return None
+        try:
+            caller = self._authenticator.by_token(method, handler_call_details.invocation_metadata or ())
+        except Unauthenticated as error:
+            return _refusal(method, error)
+        return self._guard(handler, method, caller)
 
-    def _guard(self, handler: grpc.RpcMethodHandler[Any, Any], method: str) -> grpc.RpcMethodHandler[Any, Any]:
+    def _guard(
+        self, handler: grpc.RpcMethodHandler[Any, Any], method: str, caller: Caller | None
+    ) -> grpc.RpcMethodHandler[Any, Any]:
         behaviours: dict[tuple[bool, bool], tuple[Any, Any]] = {
             (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
             (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
@@ -72,11 +80,22 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
         async def guarded(request: Any, context: Context) -> Any:
             async with _translated(method, context):
-                CALLER.set(self._authenticator.caller(method, context))
+                CALLER.set(caller or by_peer(context))
                 return await inner(taken(request), context)
 
         deserializer = handler.request_deserializer if kind is None else None
         return cast("grpc.RpcMethodHandler[Any, Any]", make(guarded, deserializer, handler.response_serializer))
+
+
+def _refusal(method: str, error: Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that refuses. It is one for streams whatever the method's is: for those gRPC does not wait until it has
+    read a message, so that a stranger cannot make the server hold one."""
+
+    async def refuse(_: Any, context: Context) -> None:
+        async with _translated(method, context):
+            raise error
+
+    return grpc.stream_stream_rpc_method_handler(cast(Any, refuse))
 
 
 def _as_it_is(request: Any) -> Any:

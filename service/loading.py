@@ -101,6 +101,7 @@ def _load_engine(bundle: Bundle, settings: Settings) -> tuple[Engine, str]:
     except ImportError as error:
         raise BundleError(f"the torch engine needs PyTorch ({error}); install dgemma[torch]") from error
     engine = TorchEngine.load(bundle, TorchOptions.serving(settings.device, settings.max_active))
+    engine.prepare()
     return engine, f"torch-{settings.device}"
 
 

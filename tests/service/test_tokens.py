@@ -98,6 +98,14 @@ async def test_without_a_good_token_nothing_is_told(tmp_path: Path, metadata: An
         assert harness.engine.rows == []
 
 
+async def test_a_stranger_is_refused_before_a_message_is_read(tmp_path: Path) -> None:
+    """Catches a server that holds megabytes of whoever sends them: none is ever sent here, and the answer comes."""
+    async with serving(tmp_path, security=SecuritySettings(clients=clients(tmp_path))) as harness:
+        generate = harness.channel.stream_stream("/diffusiongemma.v1.GenerationService/Generate")
+        failure = await failure_of(generate(timeout=30))
+    assert failure.code is grpc.StatusCode.UNAUTHENTICATED
+
+
 async def test_tokens_change_while_the_server_runs(tmp_path: Path) -> None:
     """A new one opens, a withdrawn one does not; a broken file changes nothing, and an empty one opens no door."""
     path = clients(tmp_path)
