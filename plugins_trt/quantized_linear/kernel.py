@@ -4,6 +4,9 @@ The weight is the left operand of the tile product: `out.T = weight @ x.T`. Hopp
 operand from registers, so the codes can be widened on their way, and its right operand from shared memory. Widening
 costs more than it saves all the same: for one canvas the weight-only product takes 2 to 3 times as long on an H200 as
 the one with 8-bit activations, which is therefore the default; it serves GPUs that have no 8-bit products.
+
+Where the GPU can, a kernel is launched while the one before it still runs, and waits for that one's
+results (`gdc_wait`) before it reads or writes anything.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.gpu import Gpu, gpu_of
 
@@ -124,7 +128,7 @@ def multiply(
     out = torch.empty(rows, channels, dtype=dtype, device=x.device)
     partial = out if tile.splits == 1 else x.new_empty(tile.splits, rows, channels, dtype=torch.float32)
     grid = (triton.cdiv(rows, tile.tokens), triton.cdiv(channels, tile.weights), tile.splits)
-    native = has_fp8(x.device)
+    native, overlap = has_fp8(x.device), gpu_of(x.device).overlaps_kernels
     _product[grid](
         x.contiguous(),
         row_scale,
@@ -141,11 +145,14 @@ def multiply(
         WHOLE=depth % tile.depth == 0,
         SPLITS=tile.splits,
         NARROW=tile.depth if tile.exact else None,
+        OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        launch_pdl=overlap,
     )
     if tile.splits > 1:
-        _add_up[(triton.cdiv(out.numel(), _ADDED),)](partial, out, out.numel(), SPLITS=tile.splits, BLOCK=_ADDED)
+        parts = (triton.cdiv(out.numel(), _ADDED),)
+        _add_up[parts](partial, out, out.numel(), tile.splits, _ADDED, overlap, launch_pdl=overlap)
     return out
 
 
@@ -173,7 +180,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(triton.next_power_of_2(depth), _ROW_BLOCK)
     warps = 8 if block > 4096 else 4
-    _quantize[(rows,)](x.contiguous(), codes, scale, depth, BLOCK=block, ONCE=depth <= block, num_warps=warps)
+    overlap = gpu_of(x.device).overlaps_kernels
+    _quantize[(rows,)](
+        x.contiguous(), codes, scale, depth, block, depth <= block, overlap, num_warps=warps, launch_pdl=overlap
+    )
     return codes, scale
 
 
@@ -194,7 +204,11 @@ def _product(
     WHOLE: tl.constexpr,
     SPLITS: tl.constexpr,
     NARROW: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     # Blocks of one stretch of the weight run side by side, so that it is read from memory once.
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.program_id(1) * WEIGHTS + tl.arange(0, WEIGHTS)
@@ -234,7 +248,10 @@ def _widen(codes):
 
 
 @triton.jit
-def _add_up(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _add_up(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     stride = tl.full((), size, dtype=tl.int64)
     total = tl.load(partial + at, mask=at < size)
@@ -244,7 +261,10 @@ def _add_up(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr, ONCE: tl.constexpr):
+def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0)
     x += row.to(tl.int64) * depth
     codes += row.to(tl.int64) * depth
