@@ -74,8 +74,8 @@ def quantize_int4(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> 
         scale_dtype: what scales are stored in, and rounded to before codes are chosen.
 
     Returns:
-        packed: `code + 8` in four bits, uint8 `[..., K / 2]`; of a group's 16 bytes, byte `j` holds column `j` in its
-            low half and column `j + 16` in its high half.
+        packed: `code + 8` in four bits, uint8 `[..., K / 2]`; of a group's 16 bytes, byte `4 t + 2 j + h` holds column
+            `8 h + 2 t + j` in its low half and the column 16 further on in its high half.
         scale: `[..., K / 32]`.
     """
     *channels, depth = weight.shape
@@ -89,7 +89,8 @@ def quantize_int4(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> 
         scale, codes = torch.where(better, other_scale, scale), torch.where(better, other_codes, codes)
         error = torch.where(better, other_error, error)
     first, second = (codes + 8).to(torch.uint8).chunk(2)
-    packed = (first | second << 4).T.reshape(*channels, depth // 2)
+    pairs = (first | second << 4).view(2, 4, 2, -1)  # h, t, j
+    packed = pairs.permute(3, 1, 2, 0).reshape(*channels, depth // 2)
     return packed, scale.to(scale_dtype).view(*channels, depth // GROUP)
 
 

@@ -23,6 +23,7 @@ from export.quantization import quantize_fp8, quantize_int4, store
 from export.quantized_model import load_quantized_model, quantize_modules
 from export.rows import build_rows
 from export.weights import Precision
+from plugins_trt.expert_ffn.reference import expert_ffn_fp8
 from plugins_trt.operations import REFERENCE
 from plugins_trt.quantized_linear.reference import linear_fp8
 from runtime.bundle import STEP_GRAPH, Bundle
@@ -75,7 +76,8 @@ def unpack(packed: Tensor, scale: Tensor) -> Tensor:
     columns = []
     for column in range(packed.shape[-1] * 2):
         group, place = divmod(column, 32)
-        byte = packed[..., group * 16 + place % 16].int()
+        h, t, j = place % 16 // 8, place % 8 // 2, place % 2
+        byte = packed[..., group * 16 + 4 * t + 2 * j + h].int()
         code = (byte & 0x0F if place < 16 else byte >> 4) - 8
         columns.append(code.double() * scale[..., group].double())
     return torch.stack(columns, -1)
@@ -182,7 +184,11 @@ def dequantized_state(checkpoint: Checkpoint, precision: Precision) -> Iterator[
 @pytest.mark.parametrize("precision", QUANTIZED)
 def test_the_model_computes_with_what_the_codes_stand_for(checkpoint: Checkpoint, precision: Precision) -> None:
     """Catches gate and up, scales or operations mixed up between modules: the same numbers in a wide model, float32."""
-    operations = replace(REFERENCE, linear_fp8=partial(linear_fp8, dynamic_activations=False))
+    operations = replace(
+        REFERENCE,
+        linear_fp8=partial(linear_fp8, dynamic_activations=False),
+        expert_ffn_fp8=partial(expert_ffn_fp8, dynamic_activations=False),
+    )
     quantized = load_quantized_model(checkpoint, precision, operations)
     for parameter in quantized.parameters():
         parameter.data = parameter.data.float()
