@@ -1,0 +1,227 @@
+"""The GPU programs of canvas attention: one fused, two for wide heads, and the merging of splits."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from plugins_trt.canvas_attention.visible_keys import columns, keys_of, page_of, rows_of, seen_by_all, visible_tiles
+
+
+@triton.jit(do_not_specialize=["pages", "splits"])
+def attend(
+    QUERY, KEY, VALUE, KEY_POOL, VALUE_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S,
+    PARTIAL, TOTALS, splits, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One block of rows of one K/V head over one split of its keys, softmax and both products fused."""
+    # The last rows see most keys in a causal row: they go first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head, split, b = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS, tl.program_id(2)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
+    # Asked for first: what the rows see takes several dependent reads.
+    d = tl.arange(0, BLOCK_D)
+    inside = columns(tokens < S, d, D, BLOCK_D)
+    place = (b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads
+    query = tl.load(QUERY + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+    base, start, begin, end, first_cached, cached, first_own, count = visible_tiles(
+        PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
+    )
+    stride: tl.constexpr = KV_HEADS * D
+    own = b.to(tl.int64) * S * stride + kv_head * D
+    table = PAGE_TABLE + b.to(tl.int64) * pages
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    seen_from, seen_to = seen_by_all(begin, end, tokens, S)
+    stop = (split + 1) * count // splits
+    page = page_of(table, split * count // splits, first_cached, cached, pages, PAGE, BLOCK_N)
+    for tile in range(split * count // splits, stop):
+        in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
+        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+        # Slots that hold no token may hold NaN, which a weight of 0 does not silence.
+        exists = columns(position + tl.arange(0, BLOCK_N) < last, d, D, BLOCK_D)
+        rows = rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
+        keys = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+        scores = tl.dot(query, keys.T, input_precision="ieee")
+        if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
+            at = (position + tl.arange(0, BLOCK_N))[None, :]
+            scores = tl.where((at >= begin[:, None]) & (at < tl.minimum(end, last)[:, None]), scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * 1.4426950408889634)
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(scores * 1.4426950408889634 - reference[:, None])
+        fade = tl.exp2(largest - reference)
+        total = total * fade + tl.sum(weights, 1)
+        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_N)
+        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
+        largest = larger
+        page = page_of(table, tile + 1, first_cached, cached, pages, PAGE, BLOCK_N)
+    place += tl.num_programs(2).to(tl.int64) * split * S * (KV_HEADS * GROUP)
+    tl.store(TOTALS + place, largest + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=tokens < S)
+    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(PARTIAL + place[:, None] * D + d[None, :], result.to(PARTIAL.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
+def weigh(
+    QUERY, KEY, KEY_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS,
+    first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Softmax weights of one block of rows for every so many tiles of keys, relative to a tile's largest score.
+
+    The largest is rounded up to a whole power of two, so that bringing weights of several tiles to one scale is exact.
+    """
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
+    base, start, begin, end, first_cached, cached, first_own, count = visible_tiles(
+        PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
+    )
+    stride: tl.constexpr = KV_HEADS * D
+    own = b.to(tl.int64) * S * stride + kv_head * D
+    table = PAGE_TABLE + b.to(tl.int64) * pages
+    seen_from, seen_to = seen_by_all(begin, end, tokens, S)
+    queries = QUERY + ((b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads) * D
+    padded = tl.num_programs(0) * BLOCK_M
+    place = (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
+    for stored in range(tl.program_id(1), tl.minimum(count - first_tile, tiles), tl.num_programs(1)):
+        tile = first_tile + stored
+        in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
+        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+        at = position + tl.arange(0, BLOCK_N)
+        page = page_of(table, tile, first_cached, cached, pages, PAGE, BLOCK_N)
+        rows = rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
+        scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for column in range(0, D, BLOCK_K):
+            d = column + tl.arange(0, BLOCK_K)
+            query = tl.load(queries[:, None] + d[None, :], mask=columns(tokens < S, d, D, BLOCK_K), other=0.0)
+            keys = tl.load(rows[:, None] + d[None, :], mask=columns(at < last, d, D, BLOCK_K), other=0.0)
+            scores = tl.dot(query, keys.T, scores, input_precision="ieee")
+        if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
+            seen = (at[None, :] >= begin[:, None]) & (at[None, :] < tl.minimum(end, last)[:, None])
+            scores = tl.where(seen, scores, float("-inf"))
+        largest = tl.ceil(tl.max(scores, 1) * 1.4426950408889634)
+        reference = tl.where(largest == float("-inf"), 0.0, largest)
+        weights = tl.exp2(scores * 1.4426950408889634 - reference[:, None])
+        statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
+        tl.store(statistic, largest)
+        tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))
+        out = WEIGHTS + (place + stored * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(out, weights.to(WEIGHTS.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
+def gather(
+    VALUE, VALUE_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS,
+    PARTIAL, BEFORE, TOTALS, first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Stored weights times values: one block of rows, one band of columns, one split of a chunk's tiles.
+
+    All but the first chunk add to what the chunks before them left.
+    """
+    bands: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    blocks, splits = tl.num_programs(0) // bands, tl.num_programs(1)
+    block, band, split = blocks - 1 - tl.program_id(0) // bands, tl.program_id(0) % bands, tl.program_id(1)
+    b, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    tokens, heads = row // GROUP, kv_head * GROUP + row % GROUP
+    base, start, _begin, _end, first_cached, cached, first_own, count = visible_tiles(
+        PAGE_BASE, START, KV_START, KV_END, b, tokens, pages, S, PAGE, BLOCK_N
+    )
+    d = band * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = ((split.to(tl.int64) * B + b) * S + tokens) * (KV_HEADS * GROUP) + heads
+    results = PARTIAL + place[:, None] * D + d[None, :]
+    inside = (tokens < S)[:, None] & (d < D)[None, :]
+    # This split's share of the tiles that the block sees in this chunk.
+    held = tl.maximum(tl.minimum(count - first_tile, tiles), 0)
+    share_begin, share_end = split * held // splits, (split + 1) * held // splits
+    padded = blocks * BLOCK_M
+    statistics = STATISTICS + tl.program_id(2) * tiles * padded + row
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for tile in range(share_begin, share_end, 16):
+        many = tile + tl.arange(0, 16)
+        exists = (many < share_end)[None, :]
+        at = statistics[:, None] + many[None, :] * padded
+        each = tl.load(at, mask=exists, other=float("-inf"))
+        totals = tl.load(at + B * KV_HEADS * tiles * padded, mask=exists, other=0.0)
+        larger = tl.maximum(largest, tl.max(each, 1))
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        total = total * tl.exp2(largest - reference) + tl.sum(totals * tl.exp2(each - reference[:, None]), 1)
+        largest = larger
+    # The sums stand relative to the tile at hand (exactly, by powers of two), though to no less than 2^-60 of the
+    # largest weight: what a tile below that adds too much of is lost in rounding all the same.
+    least = tl.where(largest == float("-inf"), 0.0, largest - 60.0)
+    relative_to = least
+
+    stride: tl.constexpr = KV_HEADS * D
+    own = b.to(tl.int64) * S * stride + kv_head * D
+    table = PAGE_TABLE + b.to(tl.int64) * pages
+    stored = WEIGHTS + (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
+    steps: tl.constexpr = BLOCK_N // BLOCK_K
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_step = first_tile * steps
+    page = page_of(table, first_step + share_begin * steps, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+    # Looked up a tile ahead too.
+    upcoming = tl.load(statistics + share_begin * padded, mask=row * 0 + share_begin < share_end, other=0.0)
+    for step in range(share_begin * steps, share_end * steps):
+        in_pool, first, position = keys_of(
+            first_step + step, base, start, first_cached * steps, cached * steps, first_own * steps, BLOCK_K
+        )
+        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+        weights = tl.load(stored[:, None] + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
+        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_K)
+        exists = columns(position + tl.arange(0, BLOCK_K) < last, d, D, BLOCK_D)
+        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+        page = page_of(table, first_step + step + 1, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+        if step % steps == 0:
+            reference = tl.maximum(upcoming, least)
+            sums *= tl.exp2(relative_to - reference)[:, None]
+            relative_to = reference
+            following = tl.minimum(step // steps + 1, share_end - 1)
+            upcoming = tl.load(statistics + following * padded)
+        sums = tl.dot(weights, values, sums, input_precision="ieee")
+    to_largest = tl.exp2(relative_to - tl.where(largest == float("-inf"), 0.0, largest))
+    result = sums * (to_largest / tl.where(total == 0.0, 1.0, total))[:, None]
+    logarithm = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
+    if not FIRST:
+        before = tl.load(BEFORE + place, mask=tokens < S, other=float("-inf"))
+        larger = tl.maximum(before, logarithm)
+        reference = tl.where(larger == float("-inf"), 0.0, larger)
+        old, new = tl.exp2(before - reference), tl.exp2(logarithm - reference)
+        sum_of_both = tl.where(old + new == 0.0, 1.0, old + new)
+        earlier = tl.load(results, mask=inside, other=0.0)
+        result = result * (new / sum_of_both)[:, None] + earlier * (old / sum_of_both)[:, None]
+        logarithm = larger + tl.log2(sum_of_both)
+    tl.store(TOTALS + place, logarithm, mask=tokens < S)
+    tl.store(results, result.to(PARTIAL.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge(
+    PARTIAL, TOTALS, OUT, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Add up the splits' results, each by its share of the softmax total."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
+    inside = (row < rows)[:, None] & (d < D)[None, :]
+    every = tl.arange(0, SPLITS)
+    exists = (row < rows)[:, None] & (every < splits)[None, :]
+    totals = tl.load(TOTALS + every[None, :].to(tl.int64) * rows + row[:, None], mask=exists, other=float("-inf"))
+    largest = tl.max(totals, 1)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    # Rows past the last have no total.
+    whole = tl.maximum(tl.sum(tl.exp2(totals - largest[:, None]), 1), 1e-30)
+    sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for split in range(splits):
+        place = split * rows.to(tl.int64) + row
+        total = tl.load(TOTALS + place, mask=row < rows, other=float("-inf"))
+        result = tl.load(PARTIAL + place[:, None] * D + d[None, :], mask=inside, other=0.0)
+        sums += result.to(tl.float32) * (tl.exp2(total - largest) / whole)[:, None]
+    tl.store(OUT + row[:, None] * D + d[None, :], sums.to(OUT.dtype.element_ty), mask=inside)
