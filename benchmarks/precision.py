@@ -37,13 +37,17 @@ from runtime.bundle import GenerationDefaults
 
 Load = Callable[[Checkpoint], StepModel]
 
-WIDE_ACTIVATIONS = replace(REFERENCE, linear_fp8=partial(linear_fp8, dynamic_activations=False))
+WIDE_ACTIVATIONS = replace(
+    REFERENCE,
+    linear_fp8=partial(linear_fp8, dynamic_activations=False),
+    expert_ffn_fp8=partial(expert_ffn_fp8, dynamic_activations=False),
+)
 CODED_ACTIVATIONS = replace(
     REFERENCE,
     linear_fp8=partial(linear_fp8, dynamic_activations=True),
     expert_ffn_fp8=partial(expert_ffn_fp8, dynamic_activations=True),
 )
-LINEARS_CODED = replace(REFERENCE, linear_fp8=partial(linear_fp8, dynamic_activations=True))
+LINEARS_CODED = replace(WIDE_ACTIVATIONS, linear_fp8=partial(linear_fp8, dynamic_activations=True))
 VARIANTS: dict[str, Load] = {
     "float32": partial(load_model, dtype=torch.float32),
     "bfloat16": partial(load_model, dtype=torch.bfloat16),

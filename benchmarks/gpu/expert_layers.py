@@ -80,10 +80,11 @@ def _to_int4(weights: Tensor) -> tuple[Tensor, Tensor]:
     groups = weights.view(*weights.shape[:-1], -1, reference.INT4_GROUP)
     scale = groups.abs().amax(dim=-1, keepdim=True) / 7.5
     low, high = (torch.round(groups / scale).clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
-    return (low | high << 4).flatten(-2), scale.squeeze(-1)
+    places = (low | high << 4).view(*low.shape[:-1], 2, 4, 2)  # h, t, j
+    return places.movedim(-3, -1).flatten(-4), scale.squeeze(-1)
 
 
 def _face(module: object, encoding: str) -> Callable[..., Tensor]:
     name, _, dynamic = encoding.partition("-")
     function: Callable[..., Tensor] = getattr(module, {"bf16": "expert_ffn"}.get(name, f"expert_ffn_{name}"))
-    return partial(function, dynamic_activations=True) if dynamic else function
+    return partial(function, dynamic_activations=bool(dynamic)) if name == "fp8" else function

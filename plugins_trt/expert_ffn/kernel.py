@@ -52,7 +52,7 @@ def expert_ffn_fp8(
     down: Tensor,
     down_scale: Tensor,
     *,
-    dynamic_activations: bool = False,
+    dynamic_activations: bool = True,
     tiles: Tiles | None = None,
 ) -> Tensor:
     """`expert_ffn` with weights in float8_e4m3fn and a scale for each of their rows.
@@ -89,8 +89,9 @@ def expert_ffn_int4(
 ) -> Tensor:
     """`expert_ffn` with 4-bit weights: codes -8..7 times a scale for each group of 32 columns of a row.
 
-    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `j` holds column `j` in its low half and
-    column `j + 16` in its high half. A weight is rounded to the dtype of `x` before it is multiplied.
+    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `4 t + 2 j + h` (`t` below 4, `j` and `h`
+    below 2) holds column `8 h + 2 t + j` in its low half and the column 16 further on in its high half. A weight is
+    rounded to the dtype of `x` before it is multiplied.
 
     Args:
         x: token states, `[T, H]`.
@@ -195,8 +196,9 @@ def sum_of_parts(parts: Tensor, top_k: int) -> Tensor:
 
 
 def _stored(matrices: Tensor, weights: ExpertWeights) -> Tensor:
-    """Codes in words of 16 bits, where they are to be widened."""
-    return matrices.view(torch.uint16) if weights.encoding in (E4M3_BITS.value, INT4.value) else matrices
+    """Codes in the words that they are widened from."""
+    words = {E4M3_BITS.value: torch.uint16, INT4.value: torch.uint32}
+    return matrices.view(words.get(weights.encoding, matrices.dtype))
 
 
 def _quantized(states: Tensor, plan: DispatchPlan | None) -> tuple[Tensor, Tensor]:

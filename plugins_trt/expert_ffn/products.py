@@ -44,43 +44,43 @@ def row_products(
 ):  # fmt: skip
     """Products of every weight row with every state row, float32 `[WEIGHT_ROWS, BLOCK_ROWS]`.
 
-    `states` and `weights` point to the first of `SIZE` columns of each row, encoded weights in 16-bit words, `scales`
+    `states` and `weights` point to the first of `SIZE` columns of each row, encoded weights in words, `scales`
     to each row's first group scale where the weights have 4 bits.
     """
     sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
+    # The loops count in the largest unit, for Triton tells alignment from products but not from quotients.
     if ENCODING == INT4:
-        word = tl.arange(0, DEPTH // 4)
-        half = tl.arange(0, DEPTH // 2)
-        low = half // (GROUP // 2) * GROUP + half % (GROUP // 2)
+        column = tl.arange(0, DEPTH)
+        word = tl.arange(0, DEPTH // 8)
         group = tl.arange(0, DEPTH // GROUP)
-        for start in range(0, SIZE, DEPTH):
-            # Columns past the end: whatever their weights are, their states are zero.
-            inside = (low + start < SIZE)[:, None]
-            low_states = tl.load(states[None, :] + (low + start)[:, None], mask=inside, other=0.0)
-            high_states = tl.load(states[None, :] + (low + GROUP // 2 + start)[:, None], mask=inside, other=0.0)
-            known = (word + start // 4 < SIZE // 4)[None, :]
-            words = tl.load(
-                weights[:, None] + (word + start // 4)[None, :], mask=known, other=0, eviction_policy="evict_first"
-            )
-            known = (group + start // GROUP < SIZE // GROUP)[None, :]
-            scale = tl.load(scales[:, None] + (group + start // GROUP)[None, :], mask=known, other=0.0)
-            low_weights, high_weights = decode_int4(words, scale, low_states)
-            sums = tl.dot(low_weights, low_states, sums, input_precision="ieee")
-            sums = tl.dot(high_weights, high_states, sums, input_precision="ieee")
+        for start in range(0, SIZE // GROUP, DEPTH // GROUP):
+            state_places = states[None, :] + (column + start * GROUP)[:, None]
+            word_places = weights[:, None] + (word + start * (GROUP // 8))[None, :]
+            scale_places = scales[:, None] + (group + start)[None, :]
+            if SIZE % DEPTH == 0:
+                some_states = tl.load(state_places)
+                words = tl.load(word_places, eviction_policy="evict_first")
+                scale = tl.load(scale_places)
+            else:
+                some_states = tl.load(state_places, mask=(column + start * GROUP < SIZE)[:, None], other=0.0)
+                known = (word + start * (GROUP // 8) < SIZE // 8)[None, :]
+                words = tl.load(word_places, mask=known, other=0, eviction_policy="evict_first")
+                scale = tl.load(scale_places, mask=(group + start < SIZE // GROUP)[None, :], other=0.0)
+            sums = tl.dot(decode_int4(words, scale, some_states), some_states, sums, input_precision="ieee")
     else:
         # Columns in one word of the weights.
         packed: tl.constexpr = 2 if ENCODING == E4M3_BITS else 1
         column = tl.arange(0, DEPTH)
         word = tl.arange(0, DEPTH // packed)
-        for start in range(0, SIZE, DEPTH):
-            inside = (column + start < SIZE)[:, None]
-            known = (word + start // packed < SIZE // packed)[None, :]
-            state_places = states[None, :] + (column + start)[:, None]
-            word_places = weights[:, None] + (word + start // packed)[None, :]
+        for start in range(0, SIZE // packed, DEPTH // packed):
+            state_places = states[None, :] + (column + start * packed)[:, None]
+            word_places = weights[:, None] + (word + start)[None, :]
             if SIZE % DEPTH == 0:
                 some_states = tl.load(state_places)
                 words = tl.load(word_places, eviction_policy="evict_first")
             else:
+                inside = (column + start * packed < SIZE)[:, None]
+                known = (word + start < SIZE // packed)[None, :]
                 some_states = tl.load(state_places, mask=inside, other=0.0)
                 words = tl.load(word_places, mask=known, other=0.0, eviction_policy="evict_first")
             if ENCODING == E4M3_BITS:
@@ -93,7 +93,7 @@ def row_products(
 @triton.jit
 def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr):
     """Where the weights and the scales of each of `row` begin; the second means nothing where no group has a scale."""
-    packed: tl.constexpr = 4 if ENCODING == INT4 else 2 if ENCODING == E4M3_BITS else 1
+    packed: tl.constexpr = 8 if ENCODING == INT4 else 2 if ENCODING == E4M3_BITS else 1
     weights = WEIGHTS + row * (SIZE // packed)
     scales = weights
     if ENCODING == INT4:

@@ -42,7 +42,7 @@ def expert_ffn_fp8(
     down: Tensor,
     down_scale: Tensor,
     *,
-    dynamic_activations: bool = False,
+    dynamic_activations: bool = True,
 ) -> Tensor:
     """`expert_ffn` with weights in float8_e4m3fn and a scale for each of their rows.
 
@@ -76,8 +76,9 @@ def expert_ffn_int4(
 ) -> Tensor:
     """`expert_ffn` with 4-bit weights: codes -8..7 times a scale for each group of 32 columns of a row.
 
-    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `j` holds column `j` in its low half and
-    column `j + 16` in its high half.
+    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `4 t + 2 j + h` (`t` below 4, `j` and `h`
+    below 2) holds column `8 h + 2 t + j` in its low half and the column 16 further on in its high half: what a thread
+    of a GPU's matrix unit multiplies is then one word of four bytes.
 
     Args:
         x: token states, `[T, H]`.
@@ -125,6 +126,7 @@ def _round_to_fp8(states: Tensor) -> Tensor:
 
 
 def _from_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    groups = packed.view(*packed.shape[:-1], -1, INT4_GROUP // 2)
-    codes = torch.cat([groups & 0x0F, groups >> 4], dim=-1).to(dtype) - 8
+    # Axes: group, t, j, h.
+    places = packed.view(*packed.shape[:-1], -1, 4, 2, 2)
+    codes = torch.stack([places & 0x0F, places >> 4], dim=-4).movedim(-1, -3).flatten(-4).to(dtype) - 8
     return (codes * scale.to(dtype).unsqueeze(-1)).flatten(-2)

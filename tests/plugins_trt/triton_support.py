@@ -35,6 +35,7 @@ _TYPES = {
     torch.uint16: "u16",
     torch.int8: "i8",
     torch.uint8: "u8",
+    torch.uint32: "u32",
     torch.bool: "i1",
 }
 
