@@ -246,21 +246,25 @@ async def test_a_deadline_that_has_passed_is_refused(tmp_path: Path) -> None:
         assert harness.engine.calls["denoise"] == 4
 
 
+EIGHT_STEPS = options_pb2.GenerationOptions(diffusion=options_pb2.DiffusionOptions(confidence_threshold=0.0))
+"""Never sure, so that a block takes all the steps it may."""
+
+
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once(tmp_path: Path) -> None:
-    """The engine has shown that a step takes 0.3 s: two, the fewest of a block, do not fit into half a second."""
+    """The engine has shown that a step takes 0.3 s: eight, which this one must make, do not fit into two seconds."""
     async with serving(tmp_path) as harness:
         for call in range(1, 5):
             harness.engine.before("denoise", call, lambda: time.sleep(0.3))
         assert await finished(harness.generation.Generate(request("hello"), timeout=60))
         before = work_of(harness)
-        failure = await failure_of(harness.generation.Generate(request("hello"), timeout=0.5))
+        failure = await failure_of(harness.generation.Generate(request("hello", options=EIGHT_STEPS), timeout=2))
         assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
         assert work_of(harness) == before
-        assert await finished(harness.generation.Generate(request("hello"), timeout=5))
+        assert await finished(harness.generation.Generate(request("hello"), timeout=2))
 
 
 async def test_who_waits_until_it_is_too_late_is_not_begun(tmp_path: Path) -> None:
-    """Two steps of 0.3 s do not fit any more when its turn comes: it is told so then, and before its deadline."""
+    """Eight steps of 0.3 s do not fit any more when its turn comes: it is told so long before its deadline."""
     async with serving(tmp_path, limits=Limits(max_active=1, max_waiting=4)) as harness:
         for call in range(1, 5):
             harness.engine.before("denoise", call, lambda: time.sleep(0.3))
@@ -268,7 +272,7 @@ async def test_who_waits_until_it_is_too_late_is_not_begun(tmp_path: Path) -> No
         with harness.engine.hold("encode", 2) as gate:
             first = harness.generation.Generate(request("first"), timeout=60)
             await reached(gate)
-            failure = await failure_of(harness.generation.Generate(request("late"), timeout=1.2))
+            failure = await failure_of(harness.generation.Generate(request("late", options=EIGHT_STEPS), timeout=4))
         assert (failure.code, failure.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
         assert await finished(first)
         assert work_of(harness) == (2, 8)
