@@ -111,6 +111,18 @@ class TorchEngine:
             return cls(Model.of(bundle, program, weights.fill), options)
 
     @torch.no_grad()
+    def prepare(self) -> None:
+        """Compile and capture calls of every size for short prefixes, which else the first such call waits for: about
+        a minute on an H200. Longer prefixes are captured when they come, in less than a second for each doubling."""
+        length = self.options.encode_bucket or self.facts.canvas_length
+        with self._on_device():
+            while length <= self.options.encode_chunk:
+                self._encode_call(length, FULL_PAGES_LEAST)
+                length *= 2
+            for power in range((self.pool.rows_per_call - 1).bit_length() + 1):
+                self._denoise_call(1 << power, FULL_PAGES_LEAST)
+
+    @torch.no_grad()
     def encode(self, rows: Sequence[EncodeRow]) -> None:
         """Encode the rows and write their K/V into the pool, one row after the other."""
         with self._on_device(), _memory_errors():

@@ -59,7 +59,7 @@ class Options:
             sliding_pages=sliding_pages,
             full_pages=-(-positions // self.page_size),
             canvas_slots=self.canvas_slots,
-            rows_per_call=self.batch,
+            rows_per_call=min(self.batch, self.canvas_slots),
             encode_chunk=self.encode_chunk,
             # Where rows share calls their bits depend on how many there are anyway.
             prefix_step=None if self.batch == 1 else self.page_size,

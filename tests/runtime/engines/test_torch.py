@@ -85,6 +85,7 @@ def rows(facts: Any, count: int, first_step: bool = True) -> tuple[list[EncodeRo
 
 def two_steps(made: TorchEngine, count: int) -> list[Readout]:
     """Readouts of two steps of `count` canvases, and with them everything that lies before."""
+    made.prepare()
     encode, denoise = rows(made.facts, count)
     for row in encode:
         made.encode([row])
