@@ -13,7 +13,6 @@ import torch
 import triton
 
 from benchmarks.gpu.expert_layers import (
-    ENCODINGS,
     EXPERTS,
     INTERMEDIATE,
     TOP_K,
@@ -86,11 +85,11 @@ def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: t
     return graph_seconds(calls)
 
 
-def compile_all(jobs: int) -> None:
+def compile_all(encodings: Sequence[str], tokens: Sequence[int], jobs: int) -> None:
     """Fill Triton's cache with all candidates from several processes; to be called before this one touches the GPU,
     for they are forked."""
-    sizes = sorted({rows for several in BLOCK_ROWS.values() for rows in several})
-    wanted = [one for encoding in ENCODINGS for rows in sizes for one in candidates(encoding, rows)]
+    sizes = sorted({rows for count in tokens for rows in BLOCK_ROWS[count]})
+    wanted = [one for encoding in encodings for rows in sizes for one in candidates(encoding, rows)]
     shares = [wanted[index::jobs] for index in range(jobs)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         list(pool.map(_compile, shares))
@@ -113,16 +112,16 @@ def _attempt(candidate: Candidate, layers: Sequence[Layer], tokens: int, generat
         return None
 
 
-def tune(layers: Mapping[str, Sequence[Layer]], deadline: float) -> Iterator[dict[str, object]]:
+def tune(layers: Mapping[str, Sequence[Layer]], tokens: Sequence[int], deadline: float) -> Iterator[dict[str, object]]:
     """Times the candidates, at as many numbers of tokens as there is time for; prints the best ones."""
     generator = torch.Generator("cuda").manual_seed(1)
-    for tokens, block_rows in BLOCK_ROWS.items():
-        for encoding in ENCODINGS:
+    for count in sorted(tokens, key=list(BLOCK_ROWS).index):
+        for encoding in layers:
             if time.monotonic() > deadline:
-                print(f"no time for {tokens} tokens in {encoding}", flush=True)
+                print(f"no time for {count} tokens in {encoding}", flush=True)
                 continue
-            wanted = [one for size in block_rows for one in candidates(encoding, size)]
-            yield from _compare(wanted, layers[encoding], tokens, generator)
+            wanted = [one for size in BLOCK_ROWS[count] for one in candidates(encoding, size)]
+            yield from _compare(wanted, layers[encoding], count, generator)
 
 
 def _compare(

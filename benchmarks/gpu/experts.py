@@ -85,6 +85,7 @@ def main() -> int:
     """Command line; 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with float32 in place of timing")
+    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=ENCODINGS, help="encodings to time")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens to time")
     parser.add_argument("--tune", action="store_true", help="time every candidate tile too")
     parser.add_argument("--apart", action="store_true", help="start no kernel before the one before it has ended")
@@ -116,17 +117,17 @@ def _checked() -> tuple[list[dict[str, object]], bool]:
 def _timed(options: argparse.Namespace) -> dict[str, object]:
     deadline = time.monotonic() + options.seconds
     if options.tune:
-        compile_all(options.jobs)
+        compile_all(options.encodings, options.tokens, options.jobs)
         print(f"compiled; {deadline - time.monotonic():.0f} s left", flush=True)
     limits = Limits.measured()
     print(f"{torch.cuda.get_device_name()}: {limits}", flush=True)
     generator = torch.Generator("cuda").manual_seed(1)
-    layers = {encoding: [random_layer(encoding, generator) for _ in range(ROTATED)] for encoding in ENCODINGS}
-    table = [measure(layers[encoding], tokens, limits) for encoding in ENCODINGS for tokens in options.tokens]
+    layers = {encoding: [random_layer(encoding, generator) for _ in range(ROTATED)] for encoding in options.encodings}
+    table = [measure(layers[encoding], tokens, limits) for encoding in options.encodings for tokens in options.tokens]
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "overlap": not options.apart, "limits": asdict(limits), "table": table, "small": [*measure_small(256)],
-        "candidates": [*tune(layers, deadline)] if options.tune else [],
+        "candidates": [*tune(layers, options.tokens, deadline)] if options.tune else [],
     }  # fmt: skip
 
 
