@@ -31,30 +31,34 @@ from export.quantized_model import load_quantized_model
 from export.verification import load_model
 from export.weights import Precision
 from plugins_trt.expert_ffn.reference import expert_ffn_fp8
-from plugins_trt.operations import REFERENCE
+from plugins_trt.operations import REFERENCE, Operations
 from plugins_trt.quantized_linear.reference import linear_fp8
 from runtime.bundle import GenerationDefaults
 
 Load = Callable[[Checkpoint], StepModel]
 
-WIDE_ACTIVATIONS = replace(
-    REFERENCE,
-    linear_fp8=partial(linear_fp8, dynamic_activations=False),
-    expert_ffn_fp8=partial(expert_ffn_fp8, dynamic_activations=False),
-)
-CODED_ACTIVATIONS = replace(
-    REFERENCE,
-    linear_fp8=partial(linear_fp8, dynamic_activations=True),
-    expert_ffn_fp8=partial(expert_ffn_fp8, dynamic_activations=True),
-)
-LINEARS_CODED = replace(WIDE_ACTIVATIONS, linear_fp8=partial(linear_fp8, dynamic_activations=True))
+
+def operations(coded_linears: bool, coded_experts: bool) -> Operations:
+    """The references, with 8-bit activations in the linears and in the experts or not."""
+    return replace(
+        REFERENCE,
+        linear_fp8=partial(linear_fp8, dynamic_activations=coded_linears),
+        expert_ffn_fp8=partial(expert_ffn_fp8, dynamic_activations=coded_experts),
+    )
+
+
+def quantized(precision: Precision, coded_linears: bool, coded_experts: bool) -> Load:
+    """How a quantised precision's model is loaded."""
+    return partial(load_quantized_model, precision=precision, operations=operations(coded_linears, coded_experts))
+
+
 VARIANTS: dict[str, Load] = {
     "float32": partial(load_model, dtype=torch.float32),
     "bfloat16": partial(load_model, dtype=torch.bfloat16),
-    "fp8, weights alone": partial(load_quantized_model, precision=Precision.FP8, operations=WIDE_ACTIVATIONS),
-    "fp8, activations of linears too": partial(load_quantized_model, precision=Precision.FP8, operations=LINEARS_CODED),
-    "fp8, all activations too": partial(load_quantized_model, precision=Precision.FP8, operations=CODED_ACTIVATIONS),
-    "int4 experts, fp8 linears": partial(load_quantized_model, precision=Precision.INT4, operations=WIDE_ACTIVATIONS),
+    "fp8, weights alone": quantized(Precision.FP8, False, False),
+    "fp8, activations of linears too": quantized(Precision.FP8, True, False),
+    "fp8, all activations too": quantized(Precision.FP8, True, True),
+    "int4 experts, fp8 linears": quantized(Precision.INT4, True, False),
 }
 """How each precision's model is loaded; the first is the yardstick."""
 PROMISED = tuple(task for task in TASKS if task.promised)
