@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 _LOCK = ".lock"
@@ -19,29 +19,44 @@ def staged_directory(target: Path) -> Iterator[Path]:
     """A temporary directory beside `target` that takes its place when the block ends well.
 
     Until then nothing at `target` changes. An error removes the temporary; what a killed process left behind is removed
-    by the next one that stages the same target. Everything is on disk before the rename.
+    by the next one that stages the same target. Everything is on disk before the rename. Of two that stage the same
+    target at once, the one that ends last wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    try:
-        with (staging / _LOCK).open("w") as lock:
+    with ExitStack() as held:
+        with _alone_in(target.parent):
+            _remove_stale(target)
+            staging = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+            held.callback(shutil.rmtree, staging, ignore_errors=True)
+            lock = held.enter_context((staging / _LOCK).open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield staging
-            (staging / _LOCK).unlink()
-            staging.chmod(0o755)
-            _sync(staging)
+        yield staging
+        staging.chmod(0o755)
+        _sync(staging)
+        with _alone_in(target.parent):
             _replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _prefix(target: Path) -> str:
     return f".{target.name}.partial-"
 
 
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    """Let nobody else sweep or rename here meanwhile: a directory that is not yet locked, or that lies between two
+    renames, looks as if its process had been killed."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _replace(staging: Path, target: Path) -> None:
     """Put `staging` at `target`; what was there goes where the staging directory was, to be removed as a stale one."""
+    (staging / _LOCK).unlink()
+    _sync_path(staging)
     if target.exists():
         aside = Path(f"{staging}-replaced")
         target.rename(aside)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,3 +96,61 @@ def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path:
         fail_while_staging(target)
     assert names(target) == ["old"]
     assert names(tmp_path) == ["out"]
+
+
+def test_one_that_starts_in_the_same_instant_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sweep between a staging directory's creation and its lock."""
+    target, make = tmp_path / "out", tempfile.mkdtemp
+    second = threading.Thread(target=stage, args=(target, "second"))
+
+    def make_and_let_another_begin(**arguments: Any) -> str:
+        monkeypatch.undo()
+        directory: str = make(**arguments)
+        second.start()
+        second.join(0.2)  # It waits for us; were it not to, it would be done by then.
+        return directory
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_let_another_begin)
+    stage(target, "first")
+    second.join()
+    assert names(target) in (["first"], ["second"])
+    assert names(tmp_path) == ["out"]
+
+
+def test_one_that_ends_in_the_same_instant_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sweep, or a second replacement, between the two renames of a replacement."""
+    target, rename = tmp_path / "out", Path.rename
+    stage(target, "old")
+    second = threading.Thread(target=stage, args=(target, "second"))
+
+    def rename_and_let_another_begin(path: Path, to: Path) -> Path:
+        monkeypatch.undo()
+        renamed = rename(path, to)
+        second.start()
+        second.join(0.2)
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename_and_let_another_begin)
+    stage(target, "first")
+    second.join()
+    assert names(target) == ["second"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_many_at_once_leave_one_whole_directory(tmp_path: Path) -> None:
+    """Catches whatever else two of them do to each other; sixteen threads start and end together."""
+    target, barrier = tmp_path / "out", threading.Barrier(16)
+
+    def stage_together(name: str) -> None:
+        barrier.wait()
+        stage(target, name)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(stage_together, map(str, range(16))))
+    assert len(names(target)) == 1
+    assert names(tmp_path) == ["out"]
+
+
+def stage(target: Path, name: str) -> None:
+    with staged_directory(target) as staging:
+        (staging / name).touch()
