@@ -12,15 +12,22 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import MAX_RANGE, ImmutableSandboxedEnvironment
 
 RENDER_SECONDS = 2.0
 """A template takes well under a millisecond; one that takes this long will not end."""
 MAX_RENDERED_CHARACTERS = 1 << 24
+_DEADLINE = "the deadline"
+"""Among the variables, under a name that no template can spell."""
 
 
 class ChatTemplate:
-    """A compiled chat template; safe to share between threads."""
+    """A compiled chat template; safe to share between threads.
+
+    What repeats itself in a template (loops, macros, blocks) ends with the time that a rendering may take. A single
+    expression does not: who multiplies strings or raises powers to make a huge one keeps its thread until it is there.
+    """
 
     def __init__(self, source: str, variables: Mapping[str, Any], seconds: float = RENDER_SECONDS) -> None:
         """Compile `source`; `variables` are what it sees beside the messages, `seconds` is the most that it may take.
@@ -42,6 +49,7 @@ class ChatTemplate:
         """
         deadline = _Deadline(self._seconds)
         variables = {"messages": list(messages), "add_generation_prompt": True, "range": deadline.range}
+        variables[_DEADLINE] = deadline
         pieces: list[str] = []
         size = 0
         try:
@@ -59,12 +67,13 @@ class ChatTemplate:
 
 
 class _Deadline:
-    """Ends a rendering that takes too long; looked at wherever the template writes or counts."""
+    """Ends a rendering that takes too long; looked at wherever the template writes, counts or repeats itself."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._end = seconds, time.monotonic() + seconds
 
     def check(self) -> None:
+        """Raise TemplateRuntimeError if it is over."""
         if time.monotonic() > self._end:
             raise jinja2.TemplateRuntimeError(f"it takes more than {self._seconds:g} s")
 
@@ -78,10 +87,29 @@ class _Deadline:
             yield number
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, whose templates look at the deadline whenever they repeat something.
+
+    Compiled templates give no other hook: a loop runs in plain Python, and one that writes nothing, or a macro that
+    calls itself twice, is at work for ages between two pieces of `generate`.
+    """
+
+    def _generate(self, source: nodes.Template, *args: Any, **options: Any) -> str:
+        """Compile with a look at the deadline at the head of all that can run more than once."""
+        repeated: tuple[type[nodes.For | nodes.Macro | nodes.Block], ...] = (nodes.For, nodes.Macro, nodes.Block)
+        look = nodes.Call(nodes.EnvironmentAttribute("in_time"), [nodes.ContextReference()], [], None, None)
+        for node in source.find_all(repeated):
+            node.body.insert(0, nodes.ExprStmt(look))
+        return super()._generate(source, *args, **options)
+
+    @staticmethod
+    def in_time(context: Context) -> None:
+        """Look at the deadline; called as an attribute of the environment, which nothing that a template sets hides."""
+        context[_DEADLINE].check()
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
-    )
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
     environment.filters["tojson"] = _to_json
     functions: dict[str, Callable[..., Any]] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.globals.update(functions)

@@ -359,6 +359,16 @@ def test_bad_templates_are_refused_at_load(vocabulary: Vocabulary, tmp_path: Pat
     [
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",  # writes nothing
         "{% for a in range(99999) %}{% for b in 'x' * 99999 %}{{ '' }}{% endfor %}{% endfor %}",  # counts nothing
+        "{% set s = 'x' * 99999 %}{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",  # neither
+        "{% set s = 'x' * 99999 %}{% for a in s %}{% for b in s if b == 'y' %}{% endfor %}{% endfor %}",  # runs no body
+        "{% set s = 'x' * 99999 %}{% for a in s %}{% for b in s %}{% continue %}{% endfor %}{% endfor %}",
+        "{% set s = 'x' * 99999 %}{% for a in s recursive %}{% if loop.depth < 9 %}{{ loop(s) }}{% endif %}"
+        "{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) ~ m(n - 1) }}{% endif %}{% endmacro %}{{ m(40) }}",  # has no loop
+        "{% set n = namespace(depth=0) %}{% block b %}{% if n.depth < 40 %}{% set n.depth = n.depth + 1 %}"
+        "{{ self.b() ~ self.b() }}{% set n.depth = n.depth - 1 %}{% endif %}{% endblock %}",
+        "{% set in_time = 0 %}{% set context = 0 %}{% set environment = 0 %}{% set s = 'x' * 99999 %}"
+        "{% for a in s %}{% for b in s %}{% endfor %}{% endfor %}",
     ],
 )
 def test_a_template_that_does_not_end_is_stopped(template: str) -> None:
