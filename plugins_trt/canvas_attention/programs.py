@@ -7,6 +7,9 @@ import triton.language as tl
 
 from plugins_trt.canvas_attention.visible_keys import columns, keys_of, page_of, rows_of, seen_by_all, visible_tiles
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Of the natural logarithm's base: exponentials are taken in base 2, which is one instruction."""
+
 
 @triton.jit(do_not_specialize=["pages", "splits"])
 def attend(
@@ -35,9 +38,9 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen_from, seen_to = seen_by_all(begin, end, tokens, S)
-    stop = (split + 1) * count // splits
-    page = page_of(table, split * count // splits, first_cached, cached, pages, PAGE, BLOCK_N)
-    for tile in range(split * count // splits, stop):
+    share = split * count // splits
+    page = page_of(table, share, first_cached, cached, pages, PAGE, BLOCK_N)
+    for tile in range(share, (split + 1) * count // splits):
         in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
         last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
         # Slots that hold no token may hold NaN, which a weight of 0 does not silence.
@@ -48,9 +51,9 @@ def attend(
         if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
             at = (position + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((at >= begin[:, None]) & (at < tl.minimum(end, last)[:, None]), scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, 1) * 1.4426950408889634)
+        larger = tl.maximum(largest, tl.max(scores, 1) * LOG2_E)
         reference = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(scores * 1.4426950408889634 - reference[:, None])
+        weights = tl.exp2(scores * LOG2_E - reference[:, None])
         fade = tl.exp2(largest - reference)
         total = total * fade + tl.sum(weights, 1)
         rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_N)
@@ -104,9 +107,9 @@ def weigh(
         if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
             seen = (at[None, :] >= begin[:, None]) & (at[None, :] < tl.minimum(end, last)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        largest = tl.ceil(tl.max(scores, 1) * 1.4426950408889634)
+        largest = tl.ceil(tl.max(scores, 1) * LOG2_E)
         reference = tl.where(largest == float("-inf"), 0.0, largest)
-        weights = tl.exp2(scores * 1.4426950408889634 - reference[:, None])
+        weights = tl.exp2(scores * LOG2_E - reference[:, None])
         statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
         tl.store(statistic, largest)
         tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))

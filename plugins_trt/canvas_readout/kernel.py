@@ -22,6 +22,9 @@ need no more rows to be bound by the matrix units."""
 BLOCK = 4096
 """Tokens of a block of the vocabulary."""
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Of the natural logarithm's base: exponentials are taken in base 2, which is one instruction."""
+
 
 def canvas_readout(
     hidden: Tensor,
@@ -151,14 +154,14 @@ def _shortfall(logits, softcap):
     A reciprocal by `rsqrt` and exponentials of base 2 are one instruction each, and their units are what these passes
     wait for; both are off by 2^-22 at most.
     """
-    root = tl.rsqrt(1.0 + tl.exp2(logits * (2.0 * 1.4426950408889634 / softcap)))
+    root = tl.rsqrt(1.0 + tl.exp2(logits * (2.0 * LOG2_E / softcap)))
     return root * root
 
 
 @triton.jit
 def _weights_of(logits, largest, softcap, temperature):
     """`exp(x - x_max)` of capped logits over the temperature, 0 for one of -inf, and the exponent in base 2."""
-    sharpness = 2.0 * 1.4426950408889634 * softcap / temperature
+    sharpness = 2.0 * LOG2_E * softcap / temperature
     exponent = (_shortfall(largest, softcap) - _shortfall(logits, softcap)) * sharpness
     return tl.where(logits == float("-inf"), 0.0, tl.exp2(exponent)), exponent
 
@@ -231,7 +234,7 @@ def choose(
     sums = tl.load(SUMS + row * blocks + every, mask=every < blocks, other=0.0)
     energies = tl.load(ENERGIES + row * blocks + every, mask=every < blocks, other=0.0)
     total = tl.sum(sums, 0)
-    tl.store(ENTROPY + row, (tl.log2(total) - tl.sum(energies, 0) / total) * 0.6931471805599453)
+    tl.store(ENTROPY + row, (tl.log2(total) - tl.sum(energies, 0) / total) / LOG2_E)
     tl.store(FACTORS + row, embedding_scale / total)
     share = tl.load(UNIFORM + row) * total
     block, before = _first_above(sums, share, BLOCKS)

@@ -56,8 +56,17 @@ def error(case: Rows, inputs: list[Tensor], got: Tensor) -> float:
     return float((got.double() - canvas_attention(*wide)).abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("case", [*CASES, *LARGER], ids=lambda case: case.catches)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *(pytest.param(case, torch.float32, id=case.catches) for case in CASES),
+        *(
+            pytest.param(case, dtype, id=f"{case.catches}, {dtype}")
+            for case in LARGER
+            for dtype in (torch.float32, torch.float16)
+        ),
+    ],
+)
 def test_attention(case: Rows, dtype: torch.dtype, interpreter: Interpreter) -> None:
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in arguments(case)]
     got = interpreter(kernel.canvas_attention, *inputs)
