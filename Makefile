@@ -23,7 +23,7 @@ ARGS ?=
 SOURCES := export plugins_trt runtime/bundle.py
 BUNDLE := $(OUT)/manifest.json
 
-.PHONY: help env lock demo test check export serve chat proto bench clean
+.PHONY: help env lock demo test check export serve chat proto bench soak chaos fuzz clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do printf '%-8s %s\n' "$$name" "$$text"; done
@@ -75,6 +75,17 @@ proto: $(STAMP) ## Regenerate the Python code of the contract
 
 bench: $(STAMP) $(BUNDLE) ## Measure speed, memory and start-up as ratios to the reference
 	$(BIN)/python -m benchmarks --bundle $(OUT) --checkpoint $(CHECKPOINT) $(ARGS)
+
+# The three below take long, print their seed, and end with an error where a promise was broken; `make test` runs short
+# versions of them. What gRPC itself logs of broken connections is left out.
+soak: $(STAMP) $(BUNDLE) ## Hold 1,000 streams on the fake engine and 64 on the bundle open for minutes, and watch memory
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.reliability.soak --bundle $(OUT) $(ARGS)
+
+chaos: $(STAMP) ## 10,000 misbehaving clients, then clients and servers that are killed, and SIGTERM under load
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.reliability.chaos $(ARGS)
+
+fuzz: $(STAMP) ## Send 100,000 mutated requests to the handlers, and garbage to a socket
+	GRPC_VERBOSITY=NONE $(BIN)/python -m tests.reliability.fuzz $(ARGS)
 
 clean: ## Remove the environment and everything that was built
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
