@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
@@ -19,6 +19,8 @@ from runtime.runner import Runner
 from service.address import AddressTaken, check_free, with_port
 from service.calls import Calls
 from service.generation import GenerationServicer
+from service.health import SERVICE_NAME as HEALTH
+from service.health import Health
 from service.intake import Intake
 from service.interceptor import StatusInterceptor
 from service.model import ModelServicer
@@ -53,7 +55,7 @@ class Server:
         self._server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
         self.address = with_port(address, _bind(self._server, address, security.credentials))
         self._quotas = Quotas(security.limits_of)
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
         self._calls = Calls()
         self._threads = PromptThreads()
         self._runner: Runner | None = None
@@ -66,11 +68,10 @@ class Server:
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(intake), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         channelz.add_channelz_servicer(self._server)
-        reflected = (health.SERVICE_NAME, channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name)
+        reflected = (HEALTH, channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name)
         reflection.enable_server_reflection((*SERVICES, *reflected, reflection.SERVICE_NAME), self._server)
         await self._server.start()
-        for service in ("", *SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._health.turn(health_pb2.HealthCheckResponse.SERVING, "", *SERVICES)
 
     async def stop(self, grace: float, hurried: asyncio.Event | None = None) -> bool:
         """Turn NOT_SERVING, let open requests end within `grace` seconds, end the others with UNAVAILABLE.
@@ -83,7 +84,7 @@ class Server:
             Whether all requests ended by themselves.
         """
         self._calls.drain()
-        await self._health.enter_graceful_shutdown()
+        self._health.turn(health_pb2.HealthCheckResponse.NOT_SERVING)
         drained = True
         if self._runner is not None:
             drained = await _drained(self._runner, grace, hurried or asyncio.Event())
@@ -97,7 +98,7 @@ class Server:
     async def abandon(self) -> None:
         """Turn NOT_SERVING and end all calls with UNAVAILABLE, whatever the runner does."""
         self._calls.drain()
-        await self._health.enter_graceful_shutdown()
+        self._health.turn(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._threads.close()
         await self._server.stop(None)
 
