@@ -15,6 +15,10 @@ from runtime.errors import InvalidRequest, MessageTooLarge, Violation
 
 Parsed = TypeVar("Parsed", bound=Message)
 
+MAX_EXPLAINED_FIELDS = 10_000
+"""Fields that are looked at to say which one is wrong, a few microseconds each; a message of 4 MB can hold two million,
+and everybody waits while they are looked at."""
+
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _NOT_WELL_FORMED = "is not a well-formed protobuf message of type {}; send what the generated code serialises"
 
@@ -37,24 +41,27 @@ def parse(kind: type[Parsed], raw: bytes, limit: int) -> Parsed:
 def _explain(descriptor: Descriptor, raw: bytes) -> Violation:
     """Which field keeps `raw` from being parsed: the first string that is no UTF-8, else the message as a whole."""
     try:
-        for path, text in _strings(descriptor, raw, ""):
+        for path, text in _strings(descriptor, raw, "", iter(range(MAX_EXPLAINED_FIELDS))):
             try:
                 text.decode()
             except UnicodeDecodeError as error:
                 return Violation(path, f"is not valid UTF-8 at byte {error.start} of {len(text)}; encode it in UTF-8")
-    except _Truncated:
+    except _Unexplained:
         pass
     return Violation("", _NOT_WELL_FORMED.format(descriptor.full_name))
 
 
-class _Truncated(Exception):
-    """The wire format ends in the midst of something."""
+class _Unexplained(Exception):
+    """The wire format ends in the midst of something, or holds too many fields to look at."""
 
 
-def _strings(descriptor: Descriptor, raw: bytes, prefix: str) -> Iterator[tuple[str, bytes]]:
-    """Path and bytes of every string field in `raw`, in wire order, those of nested messages among them."""
+def _strings(descriptor: Descriptor, raw: bytes, prefix: str, left: Iterator[int]) -> Iterator[tuple[str, bytes]]:
+    """Path and bytes of every string field in `raw`, in wire order, those of nested messages among them.
+
+    `left` is taken from once a field.
+    """
     seen: dict[int, int] = {}
-    for number, value in _length_delimited(raw):
+    for number, value in _length_delimited(raw, left):
         field = descriptor.fields_by_number.get(number)
         if field is None:
             continue
@@ -63,25 +70,27 @@ def _strings(descriptor: Descriptor, raw: bytes, prefix: str) -> Iterator[tuple[
         if field.type == FieldDescriptor.TYPE_STRING:
             yield path, value
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
-            yield from _strings(cast(Descriptor, field.message_type), value, f"{path}.")
+            yield from _strings(cast(Descriptor, field.message_type), value, f"{path}.", left)
 
 
-def _length_delimited(raw: bytes) -> Iterator[tuple[int, bytes]]:
+def _length_delimited(raw: bytes, left: Iterator[int]) -> Iterator[tuple[int, bytes]]:
     """Number and value of each length-delimited field on the top level of `raw`."""
     position = 0
     while position < len(raw):
+        if next(left, None) is None:
+            raise _Unexplained
         key, position = _varint(raw, position)
         number, kind = key >> 3, key & 7
         if kind == _VARINT:
             _, position = _varint(raw, position)
             continue
         if kind not in (_LENGTH, _FIXED64, _FIXED32):
-            raise _Truncated
+            raise _Unexplained
         length = {_FIXED64: 8, _FIXED32: 4}.get(kind)
         if length is None:
             length, position = _varint(raw, position)
         if position + length > len(raw):
-            raise _Truncated
+            raise _Unexplained
         if kind == _LENGTH:
             yield number, raw[position : position + length]
         position += length
@@ -98,4 +107,4 @@ def _varint(raw: bytes, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise _Truncated
+    raise _Unexplained

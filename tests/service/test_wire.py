@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffusiongemma.v1 import generation_pb2, options_pb2, prompt_pb2
 from runtime.errors import InvalidRequest, MessageTooLarge
-from service.wire import parse
+from service.wire import MAX_EXPLAINED_FIELDS, parse
 
 Request = generation_pb2.GenerateRequest
 LIMIT = 1 << 20
@@ -105,3 +105,22 @@ def test_one_broken_byte_is_found(text: str, ids: list[int], data: st.DataObject
             parse(Request, bytes(raw), LIMIT)
     else:
         assert parse(Request, bytes(raw), LIMIT) == expected
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_only_so_many_fields_are_looked_at(nested: bool) -> None:
+    """Catches a message of 4 MB that takes seconds to explain while every stream waits: the bad text lies behind."""
+    few, many = (_bad_text_behind(fields, nested) for fields in (MAX_EXPLAINED_FIELDS // 4, MAX_EXPLAINED_FIELDS))
+    for raw, field in ((few, "model"), (many, "")):
+        with pytest.raises(InvalidRequest) as caught:
+            parse(Request, raw, LIMIT)
+        [violation] = caught.value.violations
+        assert violation.field == field
+
+
+def _bad_text_behind(fields: int, nested: bool) -> bytes:
+    """A request with a model that is no UTF-8 behind many fields, of its own or of its conversation."""
+    message = conversation(*["x"] * (fields // 3)).SerializeToString() if nested else b""
+    unknown = b"\x78\x01" * (0 if nested else fields)  # a varint
+    request = Request(conversation=prompt_pb2.Conversation.FromString(message)) if nested else Request()
+    return unknown + request.SerializeToString() + Request(model=MARK).SerializeToString().replace(b"@@@@", b"\xff" * 4)
