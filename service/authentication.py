@@ -40,7 +40,7 @@ class Authenticator:
 
     def __init__(self, clients: Reloading[Clients] | None = None, web_tokens: JsonWebTokens | None = None) -> None:
         self._clients, self._web_tokens = clients, web_tokens
-        self._needs_token = web_tokens is not None
+        self._needs_token = web_tokens is not None or (clients is not None and bool(clients.get().names))
 
     def by_token(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Caller | None:
         """Who calls by its token; None where none is needed. Belongs to the event loop's thread.

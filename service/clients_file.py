@@ -25,6 +25,9 @@ from service.quota import ClientLimits
 from service.reloading import UnusableFile, read_bytes
 
 
+_OF_NOTHING = hashlib.sha256(b"").hexdigest()
+
+
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token_sha256: str | None = None
     max_concurrent: int | None = None
@@ -37,6 +40,10 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{name} is {value}; it must be at least 1, or be left out")
         if self.token_sha256 is not None and not _is_digest(self.token_sha256):
             raise ValueError("token_sha256 must be the 64 hexadecimal digits that `printf %s TOKEN | sha256sum` prints")
+        if self.token_sha256 is not None and self.token_sha256.lower() == _OF_NOTHING:
+            raise ValueError(
+                "token_sha256 is that of an empty text; the variable that should hold the token was not set"
+            )
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -25,7 +25,7 @@ from typing import Any, TypeAlias, cast
 import grpc
 from google.rpc import status_pb2
 
-from runtime.errors import DgemmaError, Unauthenticated
+from runtime.errors import DgemmaError
 from service.authentication import CALLER, Authenticator, Caller, by_peer
 from service.status import DETAILS_KEY, code_of, internal_status, status_of
 from service.wire import parse
@@ -57,7 +57,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             return None
         try:
             caller = self._authenticator.by_token(method, handler_call_details.invocation_metadata or ())
-        except Unauthenticated as error:
+        except Exception as error:  # what is no refusal, a bug, becomes INTERNAL like those of handlers
             return _refusal(method, error)
         return self._guard(handler, method, caller)
 
@@ -87,7 +87,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         return cast("grpc.RpcMethodHandler[Any, Any]", make(guarded, deserializer, handler.response_serializer))
 
 
-def _refusal(method: str, error: Unauthenticated) -> grpc.RpcMethodHandler[Any, Any]:
+def _refusal(method: str, error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
     """A handler that refuses. It is one for streams whatever the method's is: for those gRPC does not wait until it has
     read a message, so that a stranger cannot make the server hold one."""
 

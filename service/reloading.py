@@ -84,9 +84,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What differs once a file was written or replaced; the same for all that cannot be looked at."""
+    """What differs once a file was written, replaced or made readable; the same for all that cannot be looked at."""
     try:
         found = os.stat(path)
     except OSError:
         return (0, 0, 0)
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+    return (found.st_ctime_ns, found.st_size, found.st_ino)

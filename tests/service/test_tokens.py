@@ -20,10 +20,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
 from diffusiongemma.v1 import generation_pb2, model_pb2
-from service.clients_file import read_clients
+from service.clients_file import Clients, read_clients
 from service.json_web_tokens import JsonWebTokens
 from service.quota import ClientLimits
-from service.reloading import UnusableFile
+from service.reloading import Reloading, UnusableFile
 from service.security import KeySet, Security, SecuritySettings
 from tests.service.support import Harness, failure_of, finished, request, serving
 
@@ -121,11 +121,57 @@ async def test_tokens_change_while_the_server_runs(tmp_path: Path) -> None:
         assert await code_of(harness, ()) is grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_tokens_that_were_withdrawn_before_the_first_call_open_no_door(tmp_path: Path) -> None:
+    """Catches a server that learns only from a call that tokens are needed."""
+    path = clients(tmp_path)
+    async with serving(tmp_path, security=SecuritySettings(clients=path)) as harness:
+        clients(tmp_path, "[clients]\n")
+        assert await code_of(harness, ()) is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_fault_of_the_look_up_is_told_without_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches exceptions before a handler is found, which gRPC would tell as they are, token and all."""
+
+    def name_of(_: Clients, token: str) -> str | None:
+        raise RuntimeError(f"a bug with {token}")
+
+    monkeypatch.setattr(Clients, "name_of", name_of)
+    async with serving(tmp_path, security=SecuritySettings(clients=clients(tmp_path))) as harness:
+        failure = await failure_of(
+            harness.models.GetModel(model_pb2.GetModelRequest(), timeout=30, metadata=bearer(TOKEN))
+        )
+    assert (failure.code, failure.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+    assert failure.metadata["correlation_id"] in str([vars(record).get("fields") for record in caplog.records])
+    assert TOKEN not in failure.message
+
+
+def test_a_file_that_was_unreadable_is_read_once_it_can_be(tmp_path: Path) -> None:
+    """Catches a look at the time of writing alone: access that is given later does not change it."""
+    path, fails = clients(tmp_path), False
+
+    def read() -> bytes:
+        if fails:
+            raise UnusableFile(path, "cannot be read (Permission denied)")
+        return path.read_bytes()
+
+    reloading = Reloading([path], read)
+    fails = True
+    path.write_text("replaced")
+    path.chmod(0)
+    assert reloading.get() != b"replaced"
+    fails = False
+    path.chmod(0o600)
+    assert reloading.get() == b"replaced"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         pytest.param("[clients.alice]\ntoken = 'x'", "token", id="a-token-in-the-clear"),
         pytest.param("[clients.alice]\ntoken_sha256 = 'abc'", "64 hexadecimal", id="no-digest"),
+        pytest.param(f"[clients.a]\ntoken_sha256 = '{digest('')}'", "empty", id="the-digest-of-an-unset-variable"),
         pytest.param("[clients.alice]\nmax_concurrent = 0", "at least 1", id="a-limit-of-none"),
         pytest.param("[client.alice]", "client", id="another-table"),
         pytest.param("clients = 3", "clients", id="no-table"),
