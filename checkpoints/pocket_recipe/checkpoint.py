@@ -24,7 +24,7 @@ _LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 
 def hugging_face_config(tiny: bool = False) -> dict[str, Any]:
-    """`config.json`: 12.4 M parameters, or with `tiny` a shape for tests of the recipe."""
+    """`config.json`: 12.3 M parameters, or with `tiny` a shape for tests of the recipe."""
     width = 32 if tiny else 256
     text = {
         "model_type": "diffusion_gemma_text",
