@@ -20,6 +20,7 @@ BENCHMARKS = {
     "step": "benchmarks.step",
     "service_overhead": "benchmarks.service_overhead",
     "startup": "benchmarks.startup",
+    "throughput": "benchmarks.throughput",
 }
 """Modules by name; each has `run(setting) -> list[Figure]`."""
 

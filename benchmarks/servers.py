@@ -32,13 +32,15 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, threads: int) -> Iterator[ServerProcess]:
+def serving(bundle: Path, threads: int, *options: str) -> Iterator[ServerProcess]:
     """Serve a bundle on a free port for the time of the block, from when its services are SERVING.
+
+    `options` are further ones of `dgemma serve`.
 
     Raises:
         ServerFailed: it ended instead; it has said why on standard error.
     """
-    command = [DGEMMA, "serve", str(bundle), "--address", "127.0.0.1:0", "--threads", str(threads)]
+    command = [DGEMMA, "serve", str(bundle), "--address", "127.0.0.1:0", "--threads", str(threads), *options]
     with subprocess.Popen([*command, "--log-level", "warning"], stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
