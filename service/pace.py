@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 
 from runtime.events import Usage
 from runtime.request import SamplingParameters
@@ -11,25 +13,34 @@ REMEMBERED = 32
 """Generations whose steps are remembered; the fastest of them counts, so that a crowd that has left is soon forgotten
 and nobody is refused who could have made it."""
 
+REMEMBERED_SECONDS = 30.0
+"""How long a generation is remembered: where what was measured in a crowd has everybody refused, nothing new is."""
+
 
 class Pace:
     """Measures generations as they end."""
 
-    def __init__(self) -> None:
-        self._step_seconds: deque[float] = deque(maxlen=REMEMBERED)
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin with nothing measured; `clock` tells seconds."""
+        self._clock = clock
+        self._measured: deque[tuple[float, float]] = deque(maxlen=REMEMBERED)
+        """When a generation ended, and its seconds a step."""
 
     def learn(self, usage: Usage) -> None:
         """A generation has ended well."""
         if usage.denoising_steps:
-            self._step_seconds.append(usage.denoise_seconds / usage.denoising_steps)
+            self._measured.append((self._clock(), usage.denoise_seconds / usage.denoising_steps))
 
     def least_seconds(self, sampling: SamplingParameters) -> float:
-        """How long a request takes from its beginning to its first block at least; 0 before anything was measured.
+        """How long a request takes from its beginning to its first block at least; 0 where nothing was measured of late.
 
         Encoding its prompt is not counted, since it may be in memory already, nor is the queue, in which it may be
         next, whoever else waits.
         """
-        return fewest_steps(sampling) * min(self._step_seconds, default=0.0)
+        oldest = self._clock() - REMEMBERED_SECONDS
+        return fewest_steps(sampling) * min(
+            (seconds for when, seconds in self._measured if when >= oldest), default=0.0
+        )
 
 
 def fewest_steps(sampling: SamplingParameters) -> int:

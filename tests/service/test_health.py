@@ -47,7 +47,9 @@ async def watch_without_a_window(address: str) -> asyncio.StreamWriter:
     reader, writer = await asyncio.open_connection(host, int(port))
     no_window = frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0))
     empty_message = frame(DATA, END_STREAM, 1, bytes(5))
-    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_window + frame(HEADERS, END_HEADERS, 1, WATCH) + empty_message)
+    writer.write(
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + no_window + frame(HEADERS, END_HEADERS, 1, WATCH) + empty_message
+    )
     kind = None
     while kind != HEADERS:  # which no window holds back: the status is being written
         head = await asyncio.wait_for(reader.readexactly(9), 30)

@@ -8,7 +8,7 @@ import pytest
 
 from runtime.events import Usage
 from runtime.request import SamplingParameters
-from service.pace import REMEMBERED, Pace, fewest_steps
+from service.pace import REMEMBERED, REMEMBERED_SECONDS, Pace, fewest_steps
 
 SAMPLING = SamplingParameters(
     seed=1,
@@ -57,3 +57,14 @@ def test_the_fastest_of_late_counts() -> None:
     for _ in range(REMEMBERED):
         pace.learn(usage(10, 30.0))
     assert pace.least_seconds(SAMPLING) == pytest.approx(2 * 3.0)
+
+
+def test_what_has_everybody_refused_is_forgotten() -> None:
+    """Catches an idle server that refuses for ever, by steps of a crowd that has left, since nothing new is measured."""
+    now = 0.0
+    pace = Pace(lambda: now)
+    pace.learn(usage(10, 100.0))
+    now = REMEMBERED_SECONDS
+    assert pace.least_seconds(SAMPLING) == pytest.approx(2 * 10.0)
+    now += 1.0
+    assert pace.least_seconds(SAMPLING) == 0
