@@ -1,1 +1,1 @@
-"""The custom operations of the step graph, one folder each: reference, ONNX face and (later) GPU and TensorRT faces."""
+"""The custom operations of the step, one folder each: reference, Triton kernel and, where ONNX has it, its node."""
