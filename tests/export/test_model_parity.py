@@ -30,7 +30,7 @@ from tests.tiny import LAYERS
 
 TEMPERATURE = 0.7
 ORDERS = 12
-"""With twelve, noise of 5 times the reference's is what the F distribution calls unlikely; ours is up to 2.2 times it."""
+"""Of twelve errors the F distribution finds 5 times the reference's noise unlikely; ours is up to 2.2 times it."""
 UNLIKELY = 1e-6
 """For one of the 2000 positions that are compared."""
 FINER = 2.0**-29
