@@ -22,6 +22,7 @@ from runtime.events import Committed, Event, Finished
 from runtime.prompt import Message, Role
 from service.intake import Intake
 from service.mapping import event_proto, messages_of, text_of
+from service.quota import Account
 from service.running import Running
 from service.served import Fields, Order
 
@@ -166,8 +167,9 @@ class Conversation:
                 raise Cancelled
             messages = [*self._history, question]
             size = sum(len(message.text) for message in messages)
-            order = await self._intake.prepared(size, partial(self._order, turn, messages))
-            answer = await self._run(turn, order)
+            with self._intake.account() as account:
+                order = await self._intake.prepared(size, partial(self._order, turn, messages))
+                answer = await self._run(turn, order, account)
         except Cancelled:
             if self._failure is not None:
                 raise self._failure from None
@@ -177,10 +179,10 @@ class Conversation:
         else:
             self._history += [question, Message(Role.MODEL, answer)]
 
-    async def _run(self, turn: _Turn, order: Order) -> str:
+    async def _run(self, turn: _Turn, order: Order, account: Account) -> str:
         """Write the events of a turn's generation and return its answer."""
         texts = [self._served.committed_text(order.request)]
-        async with self._intake.running(order, self._context.time_remaining()) as running:
+        async with self._intake.running(order, account, self._context.time_remaining()) as running:
             turn.running = running
             if turn.cancelled or self._failure is not None:  # while it was prepared
                 running.cancel()

@@ -32,9 +32,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: GenerateContext
     ) -> None:
         """Writes the events of one generation."""
-        with self._intake.enter():
+        with self._intake.enter(), self._intake.account() as account:
             order = await self._intake.prepared(request.ByteSize(), partial(self._order, request))
-            async with self._intake.running(order, context.time_remaining()) as running:
+            async with self._intake.running(order, account, context.time_remaining()) as running:
                 number, event = 0, None
                 while not isinstance(event, Finished):
                     event = await running.next()

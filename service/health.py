@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
-Status: TypeAlias = "health_pb2.HealthCheckResponse.ServingStatus.ValueType"
+Status: TypeAlias = "health_pb2.HealthCheckResponse.ServingStatus"
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -41,7 +41,7 @@ class Health(health_pb2_grpc.HealthServicer):
             await context.abort(grpc.StatusCode.NOT_FOUND, "this server has no such service; leave the name empty")
         return health_pb2.HealthCheckResponse(status=status)
 
-    async def Watch(  # type: ignore[override]  # noqa: N802
+    async def Watch(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> None:
         """Writes a service's status and whatever becomes of it, until the call ends."""

@@ -1,8 +1,8 @@
 """The way in: from a call to its running generation, past everything that may have to say no.
 
-A call is refused while the server drains, its prompt where too many are being tokenised, its generation where its
-client's limits are reached, the queue is full or its deadline cannot be met. The first of them that says no ends the
-call with its status; what was taken on is given back however the call ends.
+A call is refused while the server drains, where its client's limits are reached, too many prompts are being tokenised,
+the queue is full or its deadline cannot be met, in this order: who may have nothing costs nothing. The first of them
+that says no ends the call with its status; what was taken on is given back however the call ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from service.calls import Calls
 from service.mailbox import Mailbox
 from service.pace import Pace
 from service.prompt_threads import PromptThreads
-from service.quota import Quotas
+from service.quota import Account, Quotas
 from service.running import Running
 from service.served import Order, Served
 
@@ -42,37 +42,40 @@ class Intake:
 
     async def prepared(self, size: int, act: Callable[[], T]) -> T:
         """What `act` makes of a prompt of `size` bytes; see `PromptThreads.run`."""
-        return await self._threads.run(size, act)
+        return await self._threads.run(size, act, CALLER.get().name)
+
+    def account(self) -> AbstractContextManager[Account]:
+        """Have a generation under way inside the block, before its prompt is looked at; see `Quotas.generation`."""
+        return self._quotas.generation(CALLER.get().name)
 
     @asynccontextmanager
-    async def running(self, order: Order, time_remaining: float | None) -> AsyncIterator[Running]:
+    async def running(self, order: Order, account: Account, time_remaining: float | None) -> AsyncIterator[Running]:
         """Submits the order for the time of the block; however the block is left, the engine is free a step later.
 
         Args:
             order: what to run.
+            account: pays for it: for all that is encoded, what was committed before among it, and for the answer.
             time_remaining: seconds until the call's deadline; None where it has none.
 
         Raises:
-            ClientLimitReached, QueueFull, Draining, DeadlineTooShort, InvalidRequest: it cannot be run.
+            QueueFull, Draining, DeadlineTooShort, InvalidRequest: it cannot be run.
         """
         request = order.request
-        client = CALLER.get().name
-        with self._quotas.generation(client) as account:
-            least = self._pace.least_seconds(request.sampling)
-            deadline = _deadline(time_remaining, least)
-            mailbox = Mailbox(order.delivery.draft_interval)
-            with _fields_of(order):
-                handle = self.served.runner.submit(
-                    request, mailbox, deadline, client=client, priority=order.delivery.priority
-                )
-            account.spend(len(request.prompt_ids))
-            running = Running(mailbox, handle, account, self._pace)
-            if time_remaining is not None:
-                running.begin_within(time_remaining - least)
-            try:
-                yield running
-            finally:
-                running.close()
+        least = self._pace.least_seconds(request.sampling)
+        deadline = _deadline(time_remaining, least)
+        mailbox = Mailbox(order.delivery.draft_interval)
+        with _fields_of(order):
+            handle = self.served.runner.submit(
+                request, mailbox, deadline, client=CALLER.get().name, priority=order.delivery.priority
+            )
+        account.spend(len(request.prompt_ids) + len(request.committed_ids))
+        running = Running(mailbox, handle, account, self._pace)
+        if time_remaining is not None:
+            running.begin_within(time_remaining - least)
+        try:
+            yield running
+        finally:
+            running.close()
 
 
 def _deadline(time_remaining: float | None, least: float) -> float | None:

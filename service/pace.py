@@ -32,7 +32,7 @@ class Pace:
             self._measured.append((self._clock(), usage.denoise_seconds / usage.denoising_steps))
 
     def least_seconds(self, sampling: SamplingParameters) -> float:
-        """How long a request takes from its beginning to its first block at least; 0 where nothing was measured of late.
+        """How long a request takes from its beginning to its first block at least; 0 where nothing was measured.
 
         Encoding its prompt is not counted, since it may be in memory already, nor is the queue, in which it may be
         next, whoever else waits.

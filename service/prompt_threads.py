@@ -1,8 +1,8 @@
 """Where prompts are rendered and tokenised: off the event loop, on threads of their own, no more than can be soon done.
 
 Tokenising goes at about a megabyte a second, so that a message of 4 MB takes seconds. Two lanes, for short prompts and
-for long ones, each of one thread and a bound on the bytes that wait: a handful of long prompts neither makes short ones
-wait nor piles up work that nobody will be there to read.
+for long ones, each of one thread and bounds on the bytes that wait: a handful of long prompts neither makes short ones
+wait nor piles up work that nobody will be there to read. In each lane clients take turns, and none can fill it alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from runtime.errors import Draining, QueueFull
@@ -22,8 +25,12 @@ T = TypeVar("T")
 SHORT_BYTES = 64 << 10
 """Up to here a prompt is short: done in well under a tenth of a second."""
 
-WAITING_BYTES = 8 << 20
-"""Most bytes in one lane, the prompt being done included: the wait is seconds, and two prompts of the largest size."""
+CLIENT_BYTES = 8 << 20
+"""Most bytes of one client in one lane, the prompt being done included: the wait is seconds, and two prompts of the
+largest size."""
+
+WAITING_BYTES = 4 * CLIENT_BYTES
+"""Most bytes of all clients in one lane."""
 
 FIRST_PACE = 1e6
 """Bytes a second that tokenising is taken to do before any was measured."""
@@ -38,8 +45,8 @@ class PromptThreads:
     def __init__(self) -> None:
         self._short, self._long = _Lane("short-prompts"), _Lane("long-prompts")
 
-    async def run(self, size: int, act: Callable[[], T]) -> T:
-        """`act`'s result, from the thread for prompts of `size` bytes.
+    async def run(self, size: int, act: Callable[[], T], client: str = "") -> T:
+        """`act`'s result, from the thread for prompts of `size` bytes, where it is the client's turn.
 
         A caller that is cancelled takes its prompt out, unless it is being done.
 
@@ -48,12 +55,21 @@ class PromptThreads:
             Draining: it was closed meanwhile.
         """
         lane = self._short if size <= SHORT_BYTES else self._long
-        return await lane.run(size, act)
+        return await lane.run(size, act, client)
 
     def close(self) -> None:
         """Take no more prompts; whoever waits for one gets `Draining`, though it may be in the midst of being done."""
         self._short.close()
         self._long.close()
+
+
+@dataclass(eq=False)
+class _Work:
+    """What prepares one prompt."""
+
+    size: int
+    act: Callable[[], Any]
+    done: Future[Any] = field(default_factory=Future)
 
 
 class _Lane:
@@ -62,31 +78,33 @@ class _Lane:
     def __init__(self, name: str) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._lock = threading.Lock()
-        self._prompts = self._bytes = 0
+        self._lines: OrderedDict[str, deque[_Work]] = OrderedDict()
+        """Of each client what waits, the client whose turn it is first."""
+        self._prompts = 0
+        self._bytes: Counter[str] = Counter()
+        """By client, what is being done included."""
         self._pace = FIRST_PACE
         self._callers: set[asyncio.Future[Any]] = set()
 
-    async def run(self, size: int, act: Callable[[], T]) -> T:
-        with self._lock:
-            if self._bytes + size > WAITING_BYTES and self._prompts:
-                raise QueueFull(self._prompts, self._bytes / self._pace)
-            self._prompts, self._bytes = self._prompts + 1, self._bytes + size
+    async def run(self, size: int, act: Callable[[], T], client: str) -> T:
+        work = _Work(size, act)
+        self._enter(work, client)
         loop = asyncio.get_running_loop()
         outcome: asyncio.Future[T] = loop.create_future()
         self._callers.add(outcome)
 
         def tell(done: Future[T]) -> None:
-            self._leave(size)
+            self._leave(work, client)
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(_hand_over, done, outcome)
 
-        work = self._thread.submit(self._timed, size, act)
-        work.add_done_callback(tell)
+        work.done.add_done_callback(tell)
+        self._thread.submit(self._do_next)
         try:
             return await outcome
         finally:
             self._callers.discard(outcome)
-            work.cancel()
+            work.done.cancel()
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -94,18 +112,50 @@ class _Lane:
             if not outcome.done():
                 outcome.set_exception(Draining("the server is shutting down; ask another one"))
 
-    def _timed(self, size: int, act: Callable[[], T]) -> T:
+    def _enter(self, work: _Work, client: str) -> None:
+        with self._lock:
+            own, everybodys = self._bytes[client], self._bytes.total()
+            if (own and own + work.size > CLIENT_BYTES) or (everybodys and everybodys + work.size > WAITING_BYTES):
+                raise QueueFull(self._prompts, everybodys / self._pace)
+            self._prompts += 1
+            self._bytes[client] += work.size
+            self._lines.setdefault(client, deque()).append(work)
+
+    def _do_next(self) -> None:
+        """On the thread, once for each prompt that has entered: do the next one, if there is one left."""
+        with self._lock:
+            if not self._lines:
+                return
+            client, line = self._lines.popitem(last=False)
+            work = line.popleft()
+            if line:
+                self._lines[client] = line
+        if not work.done.set_running_or_notify_cancel():
+            return
         began = time.perf_counter()
         try:
-            return act()
-        finally:
-            pace = size / max(time.perf_counter() - began, 1e-6)
-            with self._lock:
-                self._pace += SMOOTHING * (pace - self._pace)
-
-    def _leave(self, size: int) -> None:
+            result = work.act()
+        except BaseException as error:
+            end: Callable[[], None] = partial(work.done.set_exception, error)
+        else:
+            end = partial(work.done.set_result, result)
         with self._lock:
-            self._prompts, self._bytes = self._prompts - 1, self._bytes - size
+            pace = work.size / max(time.perf_counter() - began, 1e-6)
+            self._pace += SMOOTHING * (pace - self._pace)
+        end()
+
+    def _leave(self, work: _Work, client: str) -> None:
+        """It is done, or nobody waits for it any more."""
+        with self._lock:
+            self._prompts -= 1
+            self._bytes[client] -= work.size
+            if not self._bytes[client]:
+                del self._bytes[client]
+            line = self._lines.get(client, deque())
+            if work in line:
+                line.remove(work)
+                if not line:
+                    del self._lines[client]
 
 
 def _hand_over(done: Future[T], outcome: asyncio.Future[T]) -> None:

@@ -1,8 +1,9 @@
 """What one client may have at a time and in a minute, however many connections it opens.
 
-Tokens are counted as they are spent: a prompt's when it is admitted, an answer's block by block. A client whose tokens
-are spent is refused until enough time has passed; what it has under way goes on, into debt if need be, so that no
-answer is cut and no request needs a guess of its length. Over time the rate is kept exactly.
+Tokens are counted as they are spent: a prompt's when it is queued, with what a resumed answer has committed before, an
+answer's block by block. A client whose tokens are spent is refused until enough time has passed; what it has under way
+goes on, into debt if need be, so that no answer is cut and no request needs a guess of its length. Over time the rate
+is kept exactly.
 """
 
 from __future__ import annotations

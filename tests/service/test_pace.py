@@ -60,7 +60,7 @@ def test_the_fastest_of_late_counts() -> None:
 
 
 def test_what_has_everybody_refused_is_forgotten() -> None:
-    """Catches an idle server that refuses for ever, by steps of a crowd that has left, since nothing new is measured."""
+    """Catches an idle server that refuses for ever, by steps of a crowd that left: nothing new is measured."""
     now = 0.0
     pace = Pace(lambda: now)
     pace.learn(usage(10, 100.0))

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime.errors import QueueFull
 from runtime.vocabulary import Vocabulary
-from service.prompt_threads import SHORT_BYTES, WAITING_BYTES, PromptThreads
+from service.prompt_threads import CLIENT_BYTES, SHORT_BYTES, WAITING_BYTES, PromptThreads
 from tests.service.support import Harness, failure_of, finished, reached, request, serving
 
 LONG = "x" * (3 << 20)
@@ -119,6 +120,39 @@ async def test_a_lane_takes_one_prompt_of_any_size() -> None:
     gate.set()
     assert await huge
     assert await threads.run(SHORT_BYTES + 1, lambda: "long") == "long"
+    threads.close()
+
+
+async def test_clients_take_turns() -> None:
+    """Catches one client's many prompts standing before another one's first; the gate is a third client's."""
+    threads, gate, done = PromptThreads(), threading.Event(), list[str]()
+    waiting = [asyncio.create_task(threads.run(1, gate.wait, "held"))]
+    for client, name in [("many", "a"), ("many", "b"), ("many", "c"), ("other", "x"), ("other", "y")]:
+        waiting.append(asyncio.create_task(threads.run(1, partial(done.append, name), client)))
+        await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*waiting)
+    assert "".join(done) == "axbyc"
+    threads.close()
+
+
+async def test_no_client_fills_a_lane_alone() -> None:
+    """What one may have waiting is a part of what all may; what is taken out or done makes room, for each by itself."""
+    threads, gate = PromptThreads(), threading.Event()
+    held = asyncio.create_task(threads.run(CLIENT_BYTES - 1, gate.wait, "many"))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await threads.run(SHORT_BYTES + 1, lambda: None, "many")
+    other = asyncio.create_task(threads.run(CLIENT_BYTES, lambda: "other", "other"))
+    await asyncio.sleep(0)
+    other.cancel()
+    await asyncio.gather(other, return_exceptions=True)
+    again = asyncio.create_task(threads.run(CLIENT_BYTES, lambda: "again", "other"))
+    await asyncio.sleep(0)
+    gate.set()
+    assert await again == "again"
+    assert await held
+    assert await threads.run(CLIENT_BYTES, lambda: "many", "many") == "many"
     threads.close()
 
 

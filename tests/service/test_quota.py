@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import ClientLimitReached
+from runtime.vocabulary import Vocabulary
 from service.quota import MAX_REMEMBERED, ClientLimits, Quotas
 from service.security import SecuritySettings
-from tests.service.support import failure_of, finished, reached, request, serving
+from tests.service.support import FIRST_CHARACTER, failure_of, finished, reached, request, serving
 
 
 class Clock:
@@ -140,6 +141,40 @@ async def test_tokens_over_a_socket(tmp_path: Path) -> None:
     assert (failure.code, failure.metadata["limit"]) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "tokens_per_minute")
     assert failure.retry_after is not None
     assert spent - 60 - 10 < failure.retry_after <= spent - 60 + 1  # a token a second, some of which have passed
+
+
+async def test_what_was_committed_before_is_paid_for(tmp_path: Path) -> None:
+    """Catches prompts that are sent as committed blocks, which the engine encodes like any other and nobody counted."""
+    security = SecuritySettings(limits=ClientLimits(tokens_per_minute=1000))
+    async with serving(tmp_path, {"go": "x" * 100}, security=security) as harness:
+        resumed = request("go")
+        resumed.options.seed = 1
+        resumed.options.max_output_token_count = 2000
+        resumed.resume.committed_token_ids.extend([FIRST_CHARACTER] * 1600)
+        assert await finished(harness.generation.Generate(resumed, timeout=60))
+        failure = await failure_of(harness.generation.Generate(request("go"), timeout=60))
+    assert failure.metadata["limit"] == "tokens_per_minute"
+
+
+async def test_who_may_have_nothing_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches prompts that are tokenised, which everybody waits for, before their client's limits are looked at."""
+    tokenised: list[str] = []
+    encode = Vocabulary.encode
+
+    def noted(vocabulary: Vocabulary, text: str) -> list[int]:
+        tokenised.append(text)
+        return encode(vocabulary, text)
+
+    monkeypatch.setattr(Vocabulary, "encode", noted)
+    async with serving(tmp_path, security=SecuritySettings(limits=ClientLimits(max_concurrent=1))) as harness:
+        with harness.engine.hold("encode", 1) as gate:
+            call = harness.generation.Generate(request("first"), timeout=60)
+            await reached(gate)
+            tokenised.clear()
+            failure = await failure_of(harness.generation.Generate(request("second"), timeout=60))
+            assert failure.reason == "CLIENT_LIMIT_REACHED"
+            assert tokenised == []
+        assert await finished(call)
 
 
 def _tokens_of(response: object) -> int:
