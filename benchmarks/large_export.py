@@ -51,6 +51,8 @@ RELEASED: dict[str, Any] = {
     },
 }
 SHARD_BYTES = 5 << 30
+WIDTH = 2
+"""Bytes of a number in the checkpoint, which is in bfloat16."""
 PRECISIONS = [precision.value for precision in Precision]
 
 
@@ -64,8 +66,8 @@ def main(directory: Path | None, precision: str) -> None:
         before = peak_bytes()
         begin = time.perf_counter()
         opened = open_checkpoint(checkpoint)
-        stored = sum(tensor.bytes for tensor in opened.tensors.values())
-        largest = max(tensor.bytes for tensor in opened.tensors.values())
+        stored = sum(WIDTH * tensor.elements for tensor in opened.tensors.values())
+        largest = max(WIDTH * tensor.elements for tensor in opened.tensors.values())
         click.echo(
             f"checkpoint: {len(opened.tensors)} tensors, {stored / 1e9:.1f} GB, the largest {largest / 1e9:.2f} GB"
         )
@@ -86,11 +88,11 @@ def write_hollow_checkpoint(directory: Path, config: dict[str, Any]) -> Path:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in expected_tensors(parse_config(config)):
-        if filled and filled + 2 * math.prod(shape) > SHARD_BYTES:
+        if filled and filled + WIDTH * math.prod(shape) > SHARD_BYTES:
             shards.append({})
             filled = 0
         shards[-1][name] = shape
-        filled += 2 * math.prod(shape)
+        filled += WIDTH * math.prod(shape)
     files = {f"model-{index:05}.safetensors": shard for index, shard in enumerate(shards)}
     for file, shard in files.items():
         _write_hollow_file(directory / file, shard)
@@ -102,7 +104,7 @@ def write_hollow_checkpoint(directory: Path, config: dict[str, Any]) -> Path:
 def _write_hollow_file(path: Path, tensors: dict[str, tuple[int, ...]]) -> None:
     header, end = {}, 0
     for name, shape in tensors.items():
-        begin, end = end, end + 2 * math.prod(shape)
+        begin, end = end, end + WIDTH * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     with path.open("wb") as file:

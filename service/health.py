@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SERVICE_NAME = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
-Status: TypeAlias = "health_pb2.HealthCheckResponse.ServingStatus"
+Status: TypeAlias = int
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
