@@ -24,7 +24,6 @@ import msgspec
 from service.quota import ClientLimits
 from service.reloading import UnusableFile, read_bytes
 
-
 _OF_NOTHING = hashlib.sha256(b"").hexdigest()
 
 
