@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from diffusiongemma.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from runtime.runner import Runner
+from service import unknown_methods
 from service.address import AddressTaken, check_free, with_port
 from service.calls import Calls
 from service.generation import GenerationServicer
@@ -52,7 +53,7 @@ class Server:
         """
         check_free(address)
         interceptor = StatusInterceptor(security.authenticator, MAX_MESSAGE_BYTES)
-        self._server = grpc.aio.server(interceptors=[interceptor], options=OPTIONS)
+        self._server = unknown_methods.server([interceptor], OPTIONS)
         self.address = with_port(address, _bind(self._server, address, security.credentials))
         self._quotas = Quotas(security.limits_of)
         self._health = Health()
