@@ -33,6 +33,15 @@ class Sink(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be queued, once, without more ado; see `Runner.prepare`."""
+
+    generation: Generation
+    digests: tuple[bytes, ...]
+    """Of the prompt's pages; see `PagePool.digests`."""
+
+
 @dataclass
 class Job:
     """One request."""

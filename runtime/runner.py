@@ -14,7 +14,7 @@ from runtime.engines.protocol import Engine
 from runtime.errors import Draining, EngineFault
 from runtime.events import Event, Finished
 from runtime.generation import Generation
-from runtime.job import Job, Outcome, Sink, run, share_prefix
+from runtime.job import Job, Outcome, Prepared, Sink, run, share_prefix
 from runtime.pool import PagePool
 from runtime.request import GenerationRequest
 from runtime.scheduler import Limits, Scheduler
@@ -67,7 +67,7 @@ class Runner:
 
         Args:
             engine: closed by `close`.
-            generations: makes a request's state machine, whose chunk is the engine's; called on the submitting thread.
+            generations: makes a request's state machine, whose chunk is the engine's; called by `prepare`.
             limits: how much is taken on at a time.
             clock: seconds, of deadlines too.
             rebuild: makes the engine anew where it fails call after call; called on the runner's thread, after the
@@ -109,9 +109,17 @@ class Runner:
         """Start the engine's thread."""
         self._thread.start()
 
+    def prepare(self, request: GenerationRequest) -> Prepared:
+        """What of `submit` takes long where prompts or committed blocks are: a second perhaps. For any thread.
+
+        Raises:
+            InvalidRequest: what it has committed is no whole blocks, or ends the answer.
+        """
+        return Prepared(self._generations(request), self._pool.digests(request.prompt_ids))
+
     def submit(
         self,
-        request: GenerationRequest,
+        request: GenerationRequest | Prepared,
         sink: Sink,
         deadline: float | None = None,
         *,
@@ -121,25 +129,25 @@ class Runner:
         """Queue a request; its events go to `sink`.
 
         Args:
-            request: what to generate.
+            request: what to generate; prepared where this thread must not be held up.
             sink: gets the events.
             deadline: when the request ends with `DeadlineTooShort`, in the clock's seconds.
             client: whose request it is; clients take turns.
             priority: who goes first.
 
         Raises:
-            InvalidRequest: it can never fit into the pool, or what it has committed is no whole blocks.
+            InvalidRequest: it can never fit into the pool; see also `prepare`.
             DeadlineTooShort: the deadline has passed.
             QueueFull: too many requests wait.
             Draining: no more requests are taken.
         """
-        generation = self._generations(request)
+        prepared = request if isinstance(request, Prepared) else self.prepare(request)
         ticket = Ticket(
-            Job(generation, sink),
-            generation.total_positions,
+            Job(prepared.generation, sink),
+            prepared.generation.total_positions,
             self._clock(),
             deadline,
-            self._pool.digests(request.prompt_ids),
+            prepared.digests,
             client,
             priority,
         )

@@ -89,7 +89,7 @@ class Conversation:
     async def _read(self, requests: AsyncIterator[generation_pb2.ConverseRequest]) -> None:
         try:
             async for request in requests:
-                self._take(request)
+                await self._take(request)
             self._half_closed = True
         except Exception as error:
             self._failure = error
@@ -97,7 +97,7 @@ class Conversation:
                 self._open.stop()
         self._changed.set()
 
-    def _take(self, request: generation_pb2.ConverseRequest) -> None:
+    async def _take(self, request: generation_pb2.ConverseRequest) -> None:
         action = request.WhichOneof("action")
         if action is None:
             raise InvalidRequest(Violation("action", "is missing; give setup, start_turn or cancel_turn"))
@@ -105,16 +105,17 @@ class Conversation:
             raise InvalidRequest(Violation(action, "is out of place; setup comes first, and once"))
         match action:
             case "setup":
-                self._set_up(request.setup)
+                await self._set_up(request.setup)
             case "start_turn":
-                self._start(request.start_turn)
+                await self._start(request.start_turn)
             case "cancel_turn":
                 self._cancel(request.cancel_turn.turn_index)
         self._changed.set()
 
-    def _set_up(self, setup: generation_pb2.ConversationSetup) -> None:
+    async def _set_up(self, setup: generation_pb2.ConversationSetup) -> None:
         self._served.check_model(setup.model)
-        self._history = messages_of(setup.history, "setup.history")
+        read = partial(messages_of, setup.history, "setup.history")
+        self._history = await self._intake.prepared(setup.ByteSize(), read)
         self._given = len(self._history)
         if self._history and self._history[-1].role is Role.USER:
             field = f"setup.history[{self._given - 1}].role"
@@ -122,12 +123,13 @@ class Conversation:
         self._served.check_options(setup.options, "setup.options")
         self._setup = setup
 
-    def _start(self, start: generation_pb2.TurnStart) -> None:
+    async def _start(self, start: generation_pb2.TurnStart) -> None:
         assert self._setup is not None
         cancelled = sum(turn.cancelled for turn in self._waiting)
         if len(self._waiting) - cancelled >= MAX_WAITING_TURNS or cancelled >= MAX_CANCELLED_TURNS:
             raise QueueFull(len(self._waiting), retry_after=1.0)
-        self._waiting.append(_Turn(self._started, text_of(start.parts, "start_turn.parts"), start))
+        text = await self._intake.prepared(start.ByteSize(), partial(text_of, start.parts, "start_turn.parts"))
+        self._waiting.append(_Turn(self._started, text, start))
         self._started += 1
 
     def _cancel(self, index: int) -> None:
@@ -166,10 +168,10 @@ class Conversation:
             if turn.cancelled:  # while it waited
                 raise Cancelled
             messages = [*self._history, question]
-            size = sum(len(message.text) for message in messages)
+            size = sum(len(message.text) for message in messages) + turn.start.ByteSize()
             with self._intake.account() as account:
-                order = await self._intake.prepared(size, partial(self._order, turn, messages))
-                answer = await self._run(turn, order, account)
+                order, before = await self._intake.prepared(size, partial(self._order, turn, messages))
+                answer = before + await self._run(turn, order, account)
         except Cancelled:
             if self._failure is not None:
                 raise self._failure from None
@@ -180,8 +182,8 @@ class Conversation:
             self._history += [question, Message(Role.MODEL, answer)]
 
     async def _run(self, turn: _Turn, order: Order, account: Account) -> str:
-        """Write the events of a turn's generation and return its answer."""
-        texts = [self._served.committed_text(order.request)]
+        """Write the events of a turn's generation and return what they add to its answer."""
+        texts: list[str] = []
         async with self._intake.running(order, account, self._context.time_remaining()) as running:
             turn.running = running
             if turn.cancelled or self._failure is not None:  # while it was prepared
@@ -200,8 +202,8 @@ class Conversation:
             generation_pb2.ConverseResponse(sequence_number=number, turn_index=turn.index, **fields)
         )
 
-    def _order(self, turn: _Turn, messages: list[Message]) -> Order:
-        """The turn checked and rendered behind the history."""
+    def _order(self, turn: _Turn, messages: list[Message]) -> tuple[Order, str]:
+        """The turn checked and rendered behind the history, and the text that was committed of its answer before."""
         try:
             prompt_ids = self._served.prompts.conversation(messages, field="messages")
         except InvalidRequest as error:
@@ -211,7 +213,8 @@ class Conversation:
         own = turn.start.HasField("options")
         options, field = (turn.start.options, "start_turn.options") if own else (self._setup.options, "setup.options")
         fields = Fields("start_turn.parts", field, "start_turn.resume")
-        return self._served.order(prompt_ids, options, turn.start.resume, fields)
+        order = self._served.order(prompt_ids, options, turn.start.resume, fields)
+        return order, self._served.committed_text(order.request)
 
     def _place(self, field: str) -> str:
         """Where in the client's messages a field of the rendered conversation came from."""

@@ -8,11 +8,11 @@ that says no ends the call with its status; what was taken on is given back howe
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
-from runtime.errors import DeadlineTooShort, InvalidRequest, Violation
+from runtime.errors import DeadlineTooShort
 from service.authentication import CALLER
 from service.calls import Calls
 from service.mailbox import Mailbox
@@ -64,9 +64,9 @@ class Intake:
         least = self._pace.least_seconds(request.sampling)
         deadline = _deadline(time_remaining, least)
         mailbox = Mailbox(order.delivery.draft_interval)
-        with _fields_of(order):
+        with order.fields.named():
             handle = self.served.runner.submit(
-                request, mailbox, deadline, client=CALLER.get().name, priority=order.delivery.priority
+                order.prepared, mailbox, deadline, client=CALLER.get().name, priority=order.delivery.priority
             )
         account.spend(len(request.prompt_ids) + len(request.committed_ids))
         running = Running(mailbox, handle, account, self._pace)
@@ -90,17 +90,3 @@ def _deadline(time_remaining: float | None, least: float) -> float | None:
         left = f"{max(0.0, time_remaining):.2f} s are left, and a first block takes {least:.2f} s at least"
         raise DeadlineTooShort(f"{left}; allow more time")
     return time.monotonic() + time_remaining
-
-
-@contextmanager
-def _fields_of(order: Order) -> Iterator[None]:
-    """Names the fields of errors of the runtime, which knows no messages, as the client has sent them."""
-    places = {
-        "committed_ids": f"{order.fields.resume}.committed_token_ids",
-        "max_output_token_count": f"{order.fields.options}.max_output_token_count",
-    }
-    try:
-        yield
-    except InvalidRequest as error:
-        moved = (Violation(places.get(found.field, found.field), found.description) for found in error.violations)
-        raise InvalidRequest(*moved) from error

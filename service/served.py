@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from diffusiongemma.v1 import generation_pb2, options_pb2
 from runtime.bundle import GenerationDefaults, ModelFacts
 from runtime.errors import InvalidRequest, ModelNotFound, UnsupportedRequest, Violation
+from runtime.job import Prepared
 from runtime.prompt import Message
 from runtime.request import GenerationRequest, output_room
 from runtime.runner import Runner
@@ -40,12 +41,27 @@ class Fields:
     options: str
     resume: str
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Names the fields of errors of the runtime, which knows no messages, as the client has sent them."""
+        places = {
+            "committed_ids": f"{self.resume}.committed_token_ids",
+            "max_output_token_count": f"{self.options}.max_output_token_count",
+        }
+        try:
+            yield
+        except InvalidRequest as error:
+            moved = (Violation(places.get(found.field, found.field), found.description) for found in error.violations)
+            raise InvalidRequest(*moved) from error
+
 
 @dataclass(frozen=True)
 class Order:
     """A request that was found good, as the runner takes it, and how its answer is wanted."""
 
     request: GenerationRequest
+    prepared: Prepared
+    """The request as the runner queues it."""
     delivery: Delivery
     fields: Fields
 
@@ -107,7 +123,7 @@ class Served:
         """What to run for a prompt with these options, behind what was committed of its answer before.
 
         Raises:
-            InvalidRequest: the prompt is too long, a setting is wrong, or what was committed is no tokens.
+            InvalidRequest: the prompt is too long, a setting is wrong, or what was committed is no blocks of tokens.
         """
         room = output_room(self.facts, len(prompt_ids), fields.prompt)
         with below(fields.options):
@@ -123,7 +139,9 @@ class Served:
                 raise InvalidRequest(Violation(f"{fields.options}.seed", missing))
         drafts = delivery.draft_interval is not None
         request = GenerationRequest(self.facts.name, prompt_ids, sampling, drafts, committed_ids)
-        return Order(request, delivery, fields)
+        with fields.named():
+            prepared = self.runner.prepare(request)
+        return Order(request, prepared, delivery, fields)
 
     def committed_text(self, request: GenerationRequest) -> str:
         """The text of the blocks that an earlier stream of the request has committed."""

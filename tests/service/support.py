@@ -33,6 +33,7 @@ from runtime.engines.protocol import PoolGeometry
 from runtime.errors import DgemmaError
 from runtime.events import Draft, Event
 from runtime.generation import Generation
+from runtime.job import Prepared
 from runtime.prompt import PromptBuilder
 from runtime.request import GenerationRequest
 from runtime.runner import Handle, Runner, Sink
@@ -171,7 +172,9 @@ class WatchedRunner(Runner):
         super().__init__(*arguments, **options)
         self._submissions: asyncio.Queue[WatchedHandle] = asyncio.Queue()
 
-    def submit(self, request: GenerationRequest, sink: Sink, deadline: float | None = None, **options: Any) -> Handle:
+    def submit(
+        self, request: GenerationRequest | Prepared, sink: Sink, deadline: float | None = None, **options: Any
+    ) -> Handle:
         handle = WatchedHandle(super().submit(request, sink, deadline, **options))
         self._submissions.put_nowait(handle)
         return handle

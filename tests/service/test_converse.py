@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 import grpc
 import pytest
 
+import service.conversation
 from diffusiongemma.v1 import generation_pb2, options_pb2, prompt_pb2
+from runtime.runner import Runner
 from service.client import CallFailed
 from service.conversation import MAX_CANCELLED_TURNS, MAX_WAITING_TURNS
+from service.served import Served
 from tests.service.support import Harness, message, reached, serving
 
 Request, Response = generation_pb2.ConverseRequest, generation_pb2.ConverseResponse
@@ -372,6 +376,31 @@ async def test_too_many_cancelled_turns_are_refused(tmp_path: Path) -> None:
             await handle.wait_cancelled()
         failure = await stream.failure()
     assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+
+
+async def test_messages_are_looked_at_off_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches work that grows with a message and holds up every stream: 4 MB of tiny parts take seconds to go through,
+    and so do a quarter of a million committed tokens with many stop strings."""
+    threads: dict[str, str] = {}
+
+    def note(place: Any, name: str) -> None:
+        act = getattr(place, name)
+
+        def noted(*arguments: Any, **named: Any) -> Any:
+            threads[name] = threading.current_thread().name
+            return act(*arguments, **named)
+
+        monkeypatch.setattr(place, name, noted)
+
+    note(service.conversation, "messages_of")
+    note(service.conversation, "text_of")
+    note(Runner, "prepare")
+    note(Served, "committed_text")
+    async with conversing(tmp_path, {}) as (_, stream):
+        await stream.send(setup(message("system", "be brief")), turn("hello"))
+        await stream.rest()
+    names = ("messages_of", "text_of", "prepare", "committed_text")
+    assert threads == dict.fromkeys(names, "short-prompts_0")
 
 
 @pytest.mark.parametrize("way", ["cancel", "disconnect"])
