@@ -15,6 +15,7 @@ from typing import TypeVar
 from runtime.errors import DeadlineTooShort
 from service.authentication import CALLER
 from service.calls import Calls
+from service.held_texts import HeldTexts
 from service.mailbox import Mailbox
 from service.pace import Pace
 from service.prompt_threads import PromptThreads
@@ -30,7 +31,7 @@ class Intake:
 
     def __init__(self, served: Served, calls: Calls, threads: PromptThreads, quotas: Quotas) -> None:
         self.served, self._calls, self._threads, self._quotas = served, calls, threads, quotas
-        self._pace = Pace()
+        self._pace, self._texts = Pace(), HeldTexts()
 
     def enter(self, on_drain: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         """Be an open call inside the block; see `Calls.enter`."""
@@ -47,6 +48,10 @@ class Intake:
     def account(self) -> AbstractContextManager[Account]:
         """Have a generation under way inside the block, before its prompt is looked at; see `Quotas.generation`."""
         return self._quotas.generation(CALLER.get().name)
+
+    def conversation(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Have a conversation open inside the block, and count what it holds; see `HeldTexts.conversation`."""
+        return self._texts.conversation(CALLER.get().name)
 
     @asynccontextmanager
     async def running(self, order: Order, account: Account, time_remaining: float | None) -> AsyncIterator[Running]:

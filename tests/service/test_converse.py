@@ -16,7 +16,7 @@ import service.conversation
 from diffusiongemma.v1 import generation_pb2, options_pb2, prompt_pb2
 from runtime.runner import Runner
 from service.client import CallFailed
-from service.conversation import MAX_CANCELLED_TURNS, MAX_WAITING_TURNS
+from service.conversation import FEW_PARTS, MAX_CANCELLED_TURNS, MAX_WAITING_TURNS
 from service.served import Served
 from tests.service.support import Harness, message, reached, serving
 
@@ -397,10 +397,49 @@ async def test_messages_are_looked_at_off_the_event_loop(tmp_path: Path, monkeyp
     note(Runner, "prepare")
     note(Served, "committed_text")
     async with conversing(tmp_path, {}) as (_, stream):
-        await stream.send(setup(message("system", "be brief")), turn("hello"))
+        await stream.send(setup(message("system", "be brief")))
+        many = [prompt_pb2.ContentPart(text="x")] * (FEW_PARTS + 1)
+        await stream.send(Request(start_turn=generation_pb2.TurnStart(parts=many)))
         await stream.rest()
     names = ("messages_of", "text_of", "prepare", "committed_text")
     assert threads == dict.fromkeys(names, "short-prompts_0")
+
+
+async def test_what_conversations_hold_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches histories and waiting turns that pile up over many streams, and bytes that stay counted when one ends."""
+    monkeypatch.setattr("service.held_texts.CLIENT_BYTES", 8000)
+    history = [message("user", "x" * 2000), message("model", "x" * 2000)]
+    async with serving(tmp_path) as harness:
+        first, second = (Stream(harness.generation.Converse(timeout=60)) for _ in range(2))
+        await first.send(setup(*history), turn("hello"))
+        await first.until("finished")
+        await second.send(setup(*history))
+        failure = await second.failure()
+        assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_LIMIT_REACHED")
+        assert failure.metadata == {"limit": "conversation_bytes", "value": "8000"}
+        assert failure.retry_after is not None
+        await first.rest()
+        third = Stream(harness.generation.Converse(timeout=60))
+        await third.send(setup(*history), turn("hello"))
+        await third.until("finished")
+        await third.rest()
+
+
+async def test_what_was_cancelled_is_no_longer_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches turns that count for the whole life of a stream though their text was let go."""
+    monkeypatch.setattr("service.held_texts.CLIENT_BYTES", 8000)
+    async with conversing(tmp_path, {}) as (harness, stream):
+        with harness.engine.hold("encode", 1) as gate:
+            await stream.send(setup(), turn("open"))
+            await reached(gate)
+            await stream.send(turn("x" * 3500), turn("x" * 3500), cancel(1), cancel(2))
+            handle = await harness.runner.submitted()
+            await stream.send(cancel(0))
+            await handle.wait_cancelled()
+        while (response := await stream.read()) is None or response.turn_index < 2:
+            pass
+        await stream.send(turn("y" * 3500))
+        assert by_turn(await stream.rest())[3][-1] == "finished"
 
 
 @pytest.mark.parametrize("way", ["cancel", "disconnect"])
