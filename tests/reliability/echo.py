@@ -18,7 +18,7 @@ from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
 from service.served import Served
 from service.transport import MAX_MESSAGE_BYTES
-from tests.service.support import DEFAULTS, END, Scripts, write_bundle
+from tests.service.support import DEFAULTS, END, write_bundle
 
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "old", "owls", "watch")
 
@@ -73,11 +73,18 @@ class PacedEngine(FakeEngine):
         return super().denoise(rows)
 
 
+def _last_words(vocabulary: Vocabulary, prompt: tuple[int, ...]) -> Sequence[int]:
+    """What the user said last, in the prompt's own tokens: between its last user's turn and that turn's end."""
+    texts = [vocabulary.token_bytes(token) or vocabulary.spelling(token).encode() for token in prompt]
+    spelled = b"".join(texts).decode(errors="replace")
+    return vocabulary.encode(spelled.rpartition("<|turn>user\n")[2].partition("<turn|>")[0])
+
+
 def echoing(directory: Path, size: Size, *, faults: Faults | None = None, step_seconds: float = 0.0) -> Served:
     """What is served, with a runner that runs."""
     bundle = write_bundle(directory)
     vocabulary = Vocabulary.load(bundle)
-    answer = lru_cache(4 * size.active)(Scripts(vocabulary, {}).__call__)
+    answer = lru_cache(2 * size.active)(partial(_last_words, vocabulary))
     built = 0
 
     def engine() -> FakeEngine:
