@@ -47,14 +47,16 @@ class EngineCalls:
 
     @property
     def seconds_in_call(self) -> float:
-        """How long the call in progress has taken so far; 0 where there is none. Read from any thread."""
+        """How long the call in progress, or the engine's replacement, has taken; else 0. Read from any thread."""
         began = self._began
         return 0.0 if began is None else max(0.0, self._clock() - began)
 
     def replace(self, build: Callable[[], Engine]) -> None:
         """Close the engine and go on with the one that `build` makes, of the same sizes."""
+        self._began = self._clock()
         self.close()
         self._engine, self._closed, self._failures = build(), False, 0
+        self._began = None
 
     def close(self) -> None:
         """Close the engine, once."""
@@ -82,6 +84,8 @@ class EngineCalls:
         except EngineOutOfMemory as error:
             self._calls_without_shortage = 0
             if len(rows) == 1:
+                # An engine's memory is laid out for one row of any length: where none fits, some of it has been lost.
+                self._failures += 1
                 return [Answer(self._clock() - began, error=error)]
         except Exception as error:
             self._failures += 1

@@ -102,7 +102,7 @@ class Runner:
 
     @property
     def stalled_for(self) -> float:
-        """Seconds that the engine call in progress has taken; 0 where there is none. For a watchdog."""
+        """Seconds that the engine call in progress, or its replacement, has taken; else 0. For a watchdog."""
         return self._calls.seconds_in_call
 
     def start(self) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from runtime.bundle import GenerationDefaults
-from runtime.engines.fake import FACTS, POOL, EngineMisuse, FakeEngine, Faults
+from runtime.engines.fake import FACTS, POOL, EngineMisuse, FakeEngine, Faults, Gate
 from runtime.engines.protocol import DenoiseRow, EncodeRow, EngineOutOfMemory, Prefix
 from runtime.errors import (
     Cancelled,
@@ -352,6 +352,40 @@ def test_an_engine_that_cannot_be_built_anew_ends_the_runner(caplog: pytest.LogC
         runner._thread.join(TIMEOUT)
         assert not runner.alive
     assert "no device" in caplog.text
+
+
+def test_an_engine_whose_memory_is_lost_is_built_anew() -> None:
+    """Catches one that answers every request for ever that not even one row fits."""
+    first, second = FakeEngine(faults=Faults(shortage_rate=1.0)), FakeEngine()
+    with running(first, rebuild=lambda: second) as runner:
+        for _ in range(2):
+            runner.submit(request(2, 7), lost := Reader())
+            assert isinstance(lost.rest()[-1], EngineFault)
+        runner.submit(request(2, 8), reader := Reader())
+        assert reader.answer() == [8]
+    assert first.closed
+
+
+def test_a_hung_replacement_shows() -> None:
+    """Catches a watchdog that looks at calls alone: an engine that failed may never end, or its successor begin."""
+    engine, clock, gate = FakeEngine(faults=Faults(error_rate=1.0)), Clock(), Gate()
+
+    def rebuild() -> FakeEngine:
+        gate()
+        return FakeEngine()
+
+    with running(engine, clock=clock, rebuild=rebuild) as runner, gate:
+        for _ in range(2):
+            runner.submit(request(2, 7), reader := Reader())
+            reader.rest()
+        gate.wait_reached()
+        clock.now += 61.0
+        assert runner.stalled_for == 61.0
+        gate.release()
+        runner.submit(request(2, 8), reader := Reader())
+        assert reader.answer() == [8]
+        runner.drain(TIMEOUT)
+        assert runner.stalled_for == 0.0
 
 
 def test_a_hung_call_shows() -> None:
