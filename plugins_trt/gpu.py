@@ -26,6 +26,11 @@ class Gpu:
         """Whether a kernel may start while the one before it ends (programmatic dependent launch)."""
         return self.capability >= 90
 
+    @property
+    def rounds_to_e4m3(self) -> bool:
+        """Whether it has an instruction that rounds to float8_e4m3fn."""
+        return self.capability >= 89
+
 
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU `device`; for other devices (Triton's interpreter, `meta`) the smallest one that the kernels support."""

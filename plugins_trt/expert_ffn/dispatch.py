@@ -44,7 +44,7 @@ def dispatch(expert_ids: Tensor, experts: int, block_rows: int) -> DispatchPlan:
     Args:
         expert_ids: `[T, K]` int64, contiguous, each below `experts`; `T * K` at least one.
         experts: number of experts, E.
-        block_rows: rows of a block, a power of two.
+        block_rows: rows of a block.
     """
     pairs = expert_ids.numel()
     blocks = block_bound(pairs, experts, block_rows)
@@ -55,8 +55,8 @@ def dispatch(expert_ids: Tensor, experts: int, block_rows: int) -> DispatchPlan:
     bins = max(triton.next_power_of_2(experts), 32)
     overlap = gpu_of(expert_ids.device).overlaps_kernels
     sort_pairs[(experts,)](
-        expert_ids, block_expert, rows, pairs, blocks, experts, bins, block_rows, chunk, overlap,
-        num_warps=8, launch_pdl=overlap,
+        expert_ids, block_expert, rows, pairs, blocks, experts, bins, block_rows, triton.next_power_of_2(block_rows),
+        chunk, overlap, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
     return DispatchPlan(block_expert, rows, pairs)
 
@@ -64,7 +64,8 @@ def dispatch(expert_ids: Tensor, experts: int, block_rows: int) -> DispatchPlan:
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def sort_pairs(
     EXPERT_IDS, BLOCK_EXPERT, ROWS, pairs, blocks,
-    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_ROWS: tl.constexpr, CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
+    EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One expert's blocks. Every program counts all pairs for itself: cheaper than a second launch."""
     if OVERLAP:
@@ -91,8 +92,8 @@ def sort_pairs(
         rank = found + tl.cumsum(mine.to(tl.int32), axis=0) - 1
         tl.store(place + rank, start + lane, mask=mine)
         found += tl.sum(mine.to(tl.int32), axis=0)
-    pad = count + tl.arange(0, BLOCK_ROWS)
-    tl.store(place + pad, tl.zeros([BLOCK_ROWS], tl.int32) + pairs, mask=pad < (end - first) * BLOCK_ROWS)
+    pad = count + tl.arange(0, PADDED_ROWS)
+    tl.store(place + pad, tl.zeros([PADDED_ROWS], tl.int32) + pairs, mask=pad < (end - first) * BLOCK_ROWS)
 
     for block in range(first, end):
         tl.store(BLOCK_EXPERT + block, own)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
 from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, INT4, WIDE
-from plugins_trt.expert_ffn.products import down_product, gate_up_product, quantize_rows, sum_parts
-from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles, weight_tiles
+from plugins_trt.expert_ffn.products import STATE_GROUP, down_product, gate_up_product, quantize_rows, sum_parts
+from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles, row_parts, weight_tiles
 from plugins_trt.gpu import gpu_of
 
 
@@ -40,7 +40,7 @@ def expert_ffn(
     Returns:
         `[T, H]` in the dtype of `x`.
     """
-    return mixture(x, expert_ids, expert_weights, ExpertWeights(gate_up, None, down, None), tiles)
+    return sum_of_parts(expert_parts(x, expert_ids, expert_weights, gate_up, down, tiles=tiles))
 
 
 def expert_ffn_fp8(
@@ -65,16 +65,23 @@ def expert_ffn_fp8(
         gate_up_scale: `[E, 2I]` float32; a weight is its code times its row's scale.
         down: `[E, H, I]` float8_e4m3fn; I even.
         down_scale: `[E, H]` float32.
-        dynamic_activations: round `x` and the hidden states to float8_e4m3fn too, with a scale for each row that is
-            its largest magnitude / 448, and multiply 8-bit numbers, for which a GPU must be of sm_89 or later;
-            otherwise widen the weights to the dtype of `x`. An H200 took 223 and 355 us a layer of 256 tokens.
+        dynamic_activations: round `x` to float8_e4m3fn too, with a scale for each row that is its largest magnitude
+            / 448, and the hidden states with such a scale for each 128 channels of a row, and multiply 8-bit numbers,
+            for which a GPU must be of sm_89 or later; otherwise widen the weights to the dtype of `x`. An H200 took
+            223 and 355 us a layer of 256 tokens.
         tiles: tile sizes in place of the table's.
 
     Returns:
         `[T, H]` in the dtype of `x`.
     """
-    weights = ExpertWeights(gate_up, gate_up_scale, down, down_scale, dynamic_activations)
-    return mixture(x, expert_ids, expert_weights, weights, tiles)
+    if not dynamic_activations:
+        weights = ExpertWeights(gate_up, gate_up_scale, down, down_scale)
+        return sum_of_parts(parts(States(x), expert_ids, expert_weights, weights, x.dtype, tiles))
+    return sum_of_parts(
+        expert_parts_fp8(
+            *quantized(x), expert_ids, expert_weights, gate_up, gate_up_scale, down, down_scale, x.dtype, tiles=tiles
+        )
+    )
 
 
 def expert_ffn_int4(
@@ -107,8 +114,97 @@ def expert_ffn_int4(
     Returns:
         `[T, H]` in the dtype of `x`.
     """
+    matrices = gate_up_packed, gate_up_scale, down_packed, down_scale
+    return sum_of_parts(expert_parts_int4(x, expert_ids, expert_weights, *matrices, tiles=tiles))
+
+
+def expert_parts(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """What `expert_ffn` sums up: `weight * down(gelu_tanh(gate(x)) * up(x))` of each token's experts.
+
+    Args:
+        x: token states, `[T, H]`.
+        expert_ids: `[T, K]` int64.
+        expert_weights: `[T, K]`.
+        gate_up: gate rows first, then up rows, `[E, 2I, H]`, in the dtype of `x`.
+        down: `[E, H, I]`, in the dtype of `x`.
+        tiles: tile sizes in place of the table's.
+
+    Returns:
+        `[T, K, H]` in the dtype of `x`, in the order of a token's choices.
+    """
+    return parts(States(x), expert_ids, expert_weights, ExpertWeights(gate_up, None, down, None), x.dtype, tiles)
+
+
+def expert_parts_fp8(
+    codes: Tensor,
+    code_scale: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up: Tensor,
+    gate_up_scale: Tensor,
+    down: Tensor,
+    down_scale: Tensor,
+    dtype: torch.dtype,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """What `expert_ffn_fp8` with dynamic activations sums up, of states that are float8_e4m3fn already.
+
+    Args:
+        codes: token states, `[T, H]` float8_e4m3fn; H even.
+        code_scale: `[T]` float32; a state is its code times its token's scale.
+        expert_ids: `[T, K]` int64.
+        expert_weights: `[T, K]`.
+        gate_up: `[E, 2I, H]` float8_e4m3fn.
+        gate_up_scale: `[E, 2I]` float32; a weight is its code times its row's scale.
+        down: `[E, H, I]` float8_e4m3fn; I even.
+        down_scale: `[E, H]` float32.
+        dtype: of the result.
+        tiles: tile sizes in place of the table's.
+
+    Returns:
+        `[T, K, H]` in `dtype`, in the order of a token's choices.
+    """
+    weights = ExpertWeights(gate_up, gate_up_scale, down, down_scale, dynamic_activations=True)
+    return parts(States(codes, code_scale), expert_ids, expert_weights, weights, dtype, tiles)
+
+
+def expert_parts_int4(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    gate_up_packed: Tensor,
+    gate_up_scale: Tensor,
+    down_packed: Tensor,
+    down_scale: Tensor,
+    *,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """What `expert_ffn_int4` sums up; arguments as there.
+
+    Returns:
+        `[T, K, H]` in the dtype of `x`, in the order of a token's choices.
+    """
     weights = ExpertWeights(gate_up_packed, gate_up_scale, down_packed, down_scale)
-    return mixture(x, expert_ids, expert_weights, weights, tiles)
+    return parts(States(x), expert_ids, expert_weights, weights, x.dtype, tiles)
+
+
+@dataclass(frozen=True)
+class States:
+    """Rows of activations."""
+
+    values: Tensor
+    """In the dtype of the model, or float8_e4m3fn codes."""
+    scale: Tensor | None = None
+    """Of codes: float32, one a token of `[T]`, or `[blocks, groups, block_rows]` of a plan's rows."""
 
 
 @dataclass(frozen=True)
@@ -137,57 +233,71 @@ class ExpertWeights:
         return int((E4M3_DOT if self.dynamic_activations else E4M3_BITS).value)
 
 
-def mixture(
-    x: Tensor, expert_ids: Tensor, expert_weights: Tensor, weights: ExpertWeights, tiles: Tiles | None
-) -> Tensor:
-    """`expert_ffn` for weights of any encoding."""
-    if x.shape[0] == 0:
-        return torch.empty_like(x)
-    experts, top_k = weights.sizes[0], expert_ids.shape[1]
-    gpu = gpu_of(x.device)
-    tiles = tiles or choose_tiles(expert_ids.numel() / experts, weights.encoding, x.element_size(), gpu)
+def parts(
+    x: States, expert_ids: Tensor, expert_weights: Tensor, weights: ExpertWeights, dtype: torch.dtype,
+    tiles: Tiles | None,
+) -> Tensor:  # fmt: skip
+    """`expert_parts` in `dtype` for states and weights of any encoding."""
+    (tokens, top_k), (experts, hidden_size, _) = expert_ids.shape, weights.sizes
+    if tokens == 0:
+        return torch.empty(0, top_k, hidden_size, dtype=dtype, device=x.values.device)
+    gpu = gpu_of(x.values.device)
+    tiles = tiles or choose_tiles(expert_ids.numel() / experts, weights.encoding, dtype.itemsize, gpu)
     plan = dispatch(expert_ids.contiguous(), experts, tiles.block_rows)
-    hidden = gated_states(x.contiguous(), plan, weights, tiles.gate_up, top_k)
-    parts = weighted_parts(hidden, plan, weights, tiles.down, expert_weights.contiguous())
-    return sum_of_parts(parts, top_k)
+    states = States(x.values.contiguous(), x.scale)
+    hidden = gated_states(states, plan, weights, tiles.gate_up, top_k)
+    weighted = weighted_parts(hidden, plan, weights, tiles.down, expert_weights.contiguous(), dtype)
+    return weighted.view(tokens, top_k, hidden_size)
 
 
-def gated_states(x: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, top_k: int) -> Tensor:
-    """`gelu_tanh(gate(x)) * up(x)` of every pair, `[blocks * block_rows, I]` in the plan's order."""
+def gated_states(x: States, plan: DispatchPlan, weights: ExpertWeights, product: Product, top_k: int) -> States:
+    """`gelu_tanh(gate(x)) * up(x)` of every pair, `[blocks * block_rows, I]` in the plan's order, encoded as `x` is."""
     experts, hidden_size, intermediate = weights.sizes
-    states, scale = _quantized(x, None) if weights.dynamic_activations else (x, None)
-    hidden = torch.empty(plan.rows.numel(), intermediate, dtype=x.dtype, device=x.device)
-    overlap = gpu_of(x.device).overlaps_kernels
+    hidden = hidden_buffer(plan, intermediate, x)
+    gpu = gpu_of(x.values.device)
+    overlap = gpu.overlaps_kernels
     gate_up_product[(plan.blocks * weight_tiles(intermediate, product),)](
-        states, scale, plan.rows, plan.block_expert, _stored(weights.gate_up, weights), weights.gate_up_scale, hidden,
-        plan.pairs, experts, hidden_size, intermediate, top_k, weights.encoding,
-        plan.rows.shape[1], product.weight_rows, product.depth, overlap,
+        x.values, x.scale, plan.rows, plan.block_expert, _stored(weights.gate_up, weights), weights.gate_up_scale,
+        hidden.values, hidden.scale, plan.pairs, experts, hidden_size, intermediate, top_k, weights.encoding,
+        *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, gpu.rounds_to_e4m3, overlap,
         num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
     )  # fmt: skip
     return hidden
 
 
+def hidden_buffer(plan: DispatchPlan, intermediate: int, x: States) -> States:
+    """Room for the hidden states of a plan's rows, encoded as `x` is."""
+    values = torch.empty(plan.rows.numel(), intermediate, dtype=x.values.dtype, device=x.values.device)
+    if x.scale is None:
+        return States(values)
+    blocks, block_rows = plan.rows.shape
+    groups = triton.cdiv(intermediate, STATE_GROUP.value)
+    return States(values, torch.empty(blocks, groups, block_rows, dtype=torch.float32, device=values.device))
+
+
 def weighted_parts(
-    hidden: Tensor, plan: DispatchPlan, weights: ExpertWeights, product: Product, expert_weights: Tensor
-) -> Tensor:
+    hidden: States, plan: DispatchPlan, weights: ExpertWeights, product: Product, expert_weights: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """`weight * down(hidden)` of every pair, `[pairs, H]` in the order of the pairs."""
     _, hidden_size, intermediate = weights.sizes
-    states, scale = _quantized(hidden, plan) if weights.dynamic_activations else (hidden, None)
-    parts = torch.empty(plan.pairs, hidden_size, dtype=hidden.dtype, device=hidden.device)
-    overlap = gpu_of(hidden.device).overlaps_kernels
+    weighted = torch.empty(plan.pairs, hidden_size, dtype=dtype, device=expert_weights.device)
+    overlap = gpu_of(expert_weights.device).overlaps_kernels
     down_product[(plan.blocks * weight_tiles(hidden_size, product),)](
-        states, scale, plan.rows, plan.block_expert, _stored(weights.down, weights), weights.down_scale,
-        expert_weights, parts, plan.pairs, hidden_size, intermediate, weights.encoding,
-        plan.rows.shape[1], product.weight_rows, product.depth, overlap,
+        hidden.values, hidden.scale, plan.rows, plan.block_expert, _stored(weights.down, weights), weights.down_scale,
+        expert_weights, weighted, plan.pairs, hidden_size, intermediate, weights.encoding,
+        *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, overlap,
         num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
     )  # fmt: skip
-    return parts
+    return weighted
 
 
-def sum_of_parts(parts: Tensor, top_k: int) -> Tensor:
-    """Sum over each token's pairs, `[T, H]`."""
-    tokens, hidden_size = parts.shape[0] // top_k, parts.shape[1]
+def sum_of_parts(parts: Tensor) -> Tensor:
+    """Sum of `parts [T, K, H]` over each token's experts, `[T, H]`."""
+    tokens, top_k, hidden_size = parts.shape
     output = torch.empty(tokens, hidden_size, dtype=parts.dtype, device=parts.device)
+    if tokens == 0:
+        return output
     width = min(triton.next_power_of_2(hidden_size), 1024)
     overlap = gpu_of(parts.device).overlaps_kernels
     sum_parts[(tokens, triton.cdiv(hidden_size, width))](
@@ -196,20 +306,20 @@ def sum_of_parts(parts: Tensor, top_k: int) -> Tensor:
     return output
 
 
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `[T, H]` float8_e4m3fn and scales `[T]` float32 of the rows of `x`."""
+    rows, size = x.shape
+    codes = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    overlap = gpu_of(x.device).overlaps_kernels
+    if rows:
+        quantize_rows[(rows,)](
+            x.contiguous(), codes, scale, size, triton.next_power_of_2(size), overlap, num_warps=4, launch_pdl=overlap
+        )
+    return codes, scale
+
+
 def _stored(matrices: Tensor, weights: ExpertWeights) -> Tensor:
     """Codes in the words that they are widened from."""
     words = {E4M3_BITS.value: torch.uint16, INT4.value: torch.uint32}
     return matrices.view(words.get(weights.encoding, matrices.dtype))
-
-
-def _quantized(states: Tensor, plan: DispatchPlan | None) -> tuple[Tensor, Tensor]:
-    """Codes and scales of each row of `states`, of a plan's rows only those that hold a pair."""
-    rows, size = states.shape
-    codes = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=states.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=states.device)
-    overlap = gpu_of(states.device).overlaps_kernels
-    quantize_rows[(rows,)](
-        states, codes, scale, plan.rows if plan else None, plan.pairs if plan else 0,
-        size, triton.next_power_of_2(size), overlap, num_warps=4, launch_pdl=overlap,
-    )  # fmt: skip
-    return codes, scale

@@ -8,8 +8,12 @@ find them in the L2 cache.
 Where the GPU can (`OVERLAP`, sm_90 on) a kernel starts while the one before it ends: it asks for the weights that its
 first programs need, waits for the other's results, and lets the next one start as soon as all its own programs have.
 
-Padding rows of a block repeat the last pair: they cost no mask in the loop, and nothing stores them. Columns of a
-product never mix, so a token's result does not depend on what else is in its block.
+A block's rows are a power of two and, where `TAIL_ROWS` is not zero, a smaller one, with which the program multiplies
+the same weights: what limits many tokens is how often weights leave the L2 cache (6.3 TB/s on an H200), so an expert of
+150 tokens is better off with one block of 160 rows than with two of 128.
+
+Padding rows of a block are not read, and nothing stores them. Columns of a product never mix, so a token's result does
+not depend on what else is in its block.
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, GROUP, INT4, decode_e4m3, decode_int4, round_to_e4m3
+
+STATE_GROUP = tl.constexpr(128)
+"""Channels of the hidden states that share a scale in `E4M3_DOT`, `reference.FP8_STATE_GROUP`."""
 
 FETCHED_AHEAD = tl.constexpr(32768)
 """Bytes of its weights that a program asks for before it waits: 132 multiprocessors of two programs ask for 8 MB, about
@@ -38,18 +45,32 @@ def fetch_ahead(start, BYTES: tl.constexpr):
 
 
 @triton.jit
+def some_columns(states, known, column, SIZE: tl.constexpr, DEPTH: tl.constexpr):
+    """`[DEPTH, R]`: the `column` of state rows that `states [R]` point to; zero in rows not `known` and past `SIZE`."""
+    inside = known[None, :]
+    if SIZE % DEPTH != 0:
+        inside &= (column < SIZE)[:, None]
+    return tl.load(states[None, :] + column[:, None], mask=inside, other=0.0)
+
+
+@triton.jit
 def row_products(
-    states, weights, scales, BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr,
-    SIZE: tl.constexpr, DEPTH: tl.constexpr, ENCODING: tl.constexpr,
+    states, known, tail_states, tail_known, weights, weights_known, scales,
+    MAIN_ROWS: tl.constexpr, TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, SIZE: tl.constexpr,
+    DEPTH: tl.constexpr, ENCODING: tl.constexpr,
 ):  # fmt: skip
-    """Products of every weight row with every state row, float32 `[WEIGHT_ROWS, BLOCK_ROWS]`.
+    """Products of every weight row with every state row, float32 `[WEIGHT_ROWS, MAIN_ROWS]` and those of the tail.
 
     `states` and `weights` point to the first of `SIZE` columns of each row, encoded weights in words, `scales`
-    to each row's first group scale where the weights have 4 bits.
+    to each row's first group scale where the weights have 4 bits. Rows not `known`, of weights that have more than 4
+    bits too (None: they all are), are zeros. Without a tail the first result comes twice.
     """
-    sums = tl.zeros([WEIGHT_ROWS, BLOCK_ROWS], tl.float32)
+    sums = tl.zeros([WEIGHT_ROWS, MAIN_ROWS], tl.float32)
+    if TAIL_ROWS != 0:
+        tail_sums = tl.zeros([WEIGHT_ROWS, TAIL_ROWS], tl.float32)
     # The loops count in the largest unit, for Triton tells alignment from products but not from quotients.
     if ENCODING == INT4:
+        tl.static_assert(TAIL_ROWS == 0, "blocks of 4-bit weights have no tail")
         column = tl.arange(0, DEPTH)
         word = tl.arange(0, DEPTH // 8)
         group = tl.arange(0, DEPTH // GROUP)
@@ -63,8 +84,8 @@ def row_products(
                 scale = tl.load(scale_places)
             else:
                 some_states = tl.load(state_places, mask=(column + start * GROUP < SIZE)[:, None], other=0.0)
-                known = (word + start * (GROUP // 8) < SIZE // 8)[None, :]
-                words = tl.load(word_places, mask=known, other=0, eviction_policy="evict_first")
+                known_words = (word + start * (GROUP // 8) < SIZE // 8)[None, :]
+                words = tl.load(word_places, mask=known_words, other=0, eviction_policy="evict_first")
                 scale = tl.load(scale_places, mask=(group + start < SIZE // GROUP)[None, :], other=0.0)
             sums = tl.dot(decode_int4(words, scale, some_states), some_states, sums, input_precision="ieee")
     else:
@@ -73,21 +94,62 @@ def row_products(
         column = tl.arange(0, DEPTH)
         word = tl.arange(0, DEPTH // packed)
         for start in range(0, SIZE // packed, DEPTH // packed):
-            state_places = states[None, :] + (column + start * packed)[:, None]
             word_places = weights[:, None] + (word + start)[None, :]
-            if SIZE % DEPTH == 0:
-                some_states = tl.load(state_places)
+            some_states = some_columns(states, known, column + start * packed, SIZE, DEPTH)
+            if SIZE % DEPTH != 0:
+                inside = (word + start < SIZE // packed)[None, :]
+                if weights_known is not None:
+                    inside &= weights_known[:, None]
+                words = tl.load(word_places, mask=inside, other=0.0, eviction_policy="evict_first")
+            elif weights_known is not None:
+                words = tl.load(word_places, mask=weights_known[:, None], other=0.0, eviction_policy="evict_first")
+            else:
                 words = tl.load(word_places, eviction_policy="evict_first")
-            else:
-                inside = (column + start * packed < SIZE)[:, None]
-                known = (word + start < SIZE // packed)[None, :]
-                some_states = tl.load(state_places, mask=inside, other=0.0)
-                words = tl.load(word_places, mask=known, other=0.0, eviction_policy="evict_first")
             if ENCODING == E4M3_BITS:
-                sums = tl.dot(decode_e4m3(words, some_states), some_states, sums, input_precision="ieee")
-            else:
-                sums = tl.dot(words, some_states, sums, input_precision="ieee")
-    return sums
+                words = decode_e4m3(words, some_states)
+            sums = tl.dot(words, some_states, sums, input_precision="ieee")
+            if TAIL_ROWS != 0:
+                some_states = some_columns(tail_states, tail_known, column + start * packed, SIZE, DEPTH)
+                tail_sums = tl.dot(words, some_states, tail_sums, input_precision="ieee")
+    if TAIL_ROWS == 0:
+        tail_sums = sums
+    return sums, tail_sums
+
+
+@triton.jit
+def grouped_products(
+    states, state_scales, known, tail_states, tail_scales, tail_known, weights,
+    MAIN_ROWS: tl.constexpr, TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, SIZE: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`row_products` of float8 codes whose rows have a scale for each `STATE_GROUP` columns.
+
+    `state_scales` point to each row's first scale; those of the next group lie `MAIN_ROWS + TAIL_ROWS` further on.
+    """
+    tl.static_assert(STATE_GROUP % DEPTH == 0, "a turn has columns of one group")
+    sums = tl.zeros([WEIGHT_ROWS, MAIN_ROWS], tl.float32)
+    if TAIL_ROWS != 0:
+        tail_sums = tl.zeros([WEIGHT_ROWS, TAIL_ROWS], tl.float32)
+    column = tl.arange(0, DEPTH)
+    for start in range(0, SIZE, DEPTH):
+        # No mask: whatever the scales of padding rows are, nothing stores what they lead to.
+        group = start // STATE_GROUP * (MAIN_ROWS + TAIL_ROWS)
+        scale = tl.load(state_scales + group)
+        word_places = weights[:, None] + (column + start)[None, :]
+        if SIZE % DEPTH == 0:
+            words = tl.load(word_places, eviction_policy="evict_first")
+        else:
+            inside = (column + start < SIZE)[None, :]
+            words = tl.load(word_places, mask=inside, other=0.0, eviction_policy="evict_first")
+        products = tl.dot(words, some_columns(states, known, column + start, SIZE, DEPTH))
+        if TAIL_ROWS != 0:
+            tail_scale = tl.load(tail_scales + group)
+            tail_products = tl.dot(words, some_columns(tail_states, tail_known, column + start, SIZE, DEPTH))
+            tail_sums += tail_products * tail_scale[None, :]
+        sums += products * scale[None, :]
+    if TAIL_ROWS == 0:
+        tail_sums = sums
+    return sums, tail_sums
 
 
 @triton.jit
@@ -103,11 +165,15 @@ def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr
 
 @triton.jit(do_not_specialize=["pairs"])
 def gate_up_product(
-    X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, pairs, EXPERTS: tl.constexpr,
+    X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, HIDDEN_SCALE, pairs, EXPERTS: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ENCODING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
+    MAIN_ROWS: tl.constexpr, TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    ROUNDS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """`HIDDEN[row] = gelu_tanh(gate @ x) * (up @ x)` for a block of rows, in the order of the dispatch plan."""
+    """`HIDDEN[row] = gelu_tanh(gate @ x) * (up @ x)` for a block of rows, in the order of the dispatch plan.
+
+    With `E4M3_DOT` as codes and `HIDDEN_SCALE [blocks, groups, block_rows]`; `ROUNDS` where a cast rounds to e4m3.
+    """
     tiles: tl.constexpr = (INTERMEDIATE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
     block = tl.program_id(0) // tiles
     if OVERLAP:
@@ -124,41 +190,82 @@ def gate_up_product(
     expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
     if expert < 0:
         return
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = block * (MAIN_ROWS + TAIL_ROWS) + tl.arange(0, MAIN_ROWS)
     pair = tl.load(ROWS + row)
     token = tl.minimum(pair, pairs - 1) // TOP_K
+    tail_row, tail_pair, tail_token = row, pair, token
+    if TAIL_ROWS != 0:
+        tail_row = block * (MAIN_ROWS + TAIL_ROWS) + MAIN_ROWS + tl.arange(0, TAIL_ROWS)
+        tail_pair = tl.load(ROWS + tail_row)
+        tail_token = tl.minimum(tail_pair, pairs - 1) // TOP_K
 
-    # Gate rows and their up rows in one tile. Rows past the last one read it again, which is cheaper than a mask.
+    # Gate rows and their up rows in one tile. Rows past the last one lead to hidden states of zero.
     first = (tl.program_id(0) % tiles) * WEIGHT_ROWS
     lane = tl.arange(0, 2 * WEIGHT_ROWS)
     channel = first + lane % WEIGHT_ROWS
+    channel_known = None
     if INTERMEDIATE % WEIGHT_ROWS != 0:
+        channel_known = channel < INTERMEDIATE
         channel = tl.minimum(channel, INTERMEDIATE - 1)
     weight_row = expert * (2 * INTERMEDIATE) + channel + lane // WEIGHT_ROWS * INTERMEDIATE
-    states = X + token.to(tl.int64) * HIDDEN_SIZE
     weights, scales = encoded_rows(GATE_UP, GATE_UP_SCALE, weight_row, HIDDEN_SIZE, ENCODING)
-    sums = row_products(states, weights, scales, BLOCK_ROWS, 2 * WEIGHT_ROWS, HIDDEN_SIZE, DEPTH, ENCODING)
+    sums, tail_sums = row_products(
+        X + token.to(tl.int64) * HIDDEN_SIZE, pair < pairs, X + tail_token.to(tl.int64) * HIDDEN_SIZE,
+        tail_pair < pairs, weights, channel_known, scales,
+        MAIN_ROWS, TAIL_ROWS, 2 * WEIGHT_ROWS, HIDDEN_SIZE, DEPTH, ENCODING,
+    )  # fmt: skip
+
+    scale = GATE_UP_SCALE + weight_row if ENCODING >= E4M3_BITS else GATE_UP_SCALE
+    scale_block = block * (((INTERMEDIATE + STATE_GROUP - 1) // STATE_GROUP - 1) * (MAIN_ROWS + TAIL_ROWS))
+    write_hidden(
+        sums, scale, X_SCALE, token, HIDDEN, HIDDEN_SCALE, row, row + scale_block, pair < pairs, first,
+        INTERMEDIATE, WEIGHT_ROWS, MAIN_ROWS, MAIN_ROWS + TAIL_ROWS, ENCODING, ROUNDS,
+    )  # fmt: skip
+    if TAIL_ROWS != 0:
+        write_hidden(
+            tail_sums, scale, X_SCALE, tail_token, HIDDEN, HIDDEN_SCALE, tail_row, tail_row + scale_block,
+            tail_pair < pairs, first, INTERMEDIATE, WEIGHT_ROWS, TAIL_ROWS, MAIN_ROWS + TAIL_ROWS, ENCODING,
+            ROUNDS,
+        )  # fmt: skip
+
+
+@triton.jit
+def write_hidden(
+    sums, weight_scale, X_SCALE, token, HIDDEN, HIDDEN_SCALE, row, scale_place, known, first,
+    INTERMEDIATE: tl.constexpr, WEIGHT_ROWS: tl.constexpr, COUNT: tl.constexpr, SCALE_STRIDE: tl.constexpr,
+    ENCODING: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """Gate `sums [2 * WEIGHT_ROWS, COUNT]` and store channels from `first` on of the rows that are `known`."""
     if ENCODING >= E4M3_BITS:
-        sums *= tl.load(GATE_UP_SCALE + weight_row)[:, None]
+        sums *= tl.load(weight_scale)[:, None]
     if ENCODING == E4M3_DOT:
         sums *= tl.load(X_SCALE + token)[None, :]
-
-    gate, up = tl.split(tl.permute(tl.reshape(sums, [2, WEIGHT_ROWS, BLOCK_ROWS]), [1, 2, 0]))
+    gate, up = tl.split(tl.permute(tl.reshape(sums, [2, WEIGHT_ROWS, COUNT]), [1, 2, 0]))
     # gelu_tanh(g) = g * (1 + tanh(z)) / 2 = g * sigmoid(2z), z = sqrt(2 / pi) * (g + 0.044715 g^3) (Hendrycks and
     # Gimpel, Gaussian Error Linear Units, 2016).
     twice = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
     hidden = gate / (1.0 + tl.exp(-twice)) * up
     channel = first + tl.arange(0, WEIGHT_ROWS)
+    if ENCODING == E4M3_DOT:
+        groups: tl.constexpr = WEIGHT_ROWS // STATE_GROUP
+        tl.static_assert(groups * STATE_GROUP == WEIGHT_ROWS, "a tile of hidden states has whole groups of channels")
+        cells = tl.reshape(hidden, [groups, STATE_GROUP, COUNT])
+        largest = tl.maximum(tl.max(tl.abs(cells), axis=1), 1e-30)
+        hidden = tl.reshape(cells * (448.0 / largest)[:, None, :], [WEIGHT_ROWS, COUNT])
+        if not ROUNDS:
+            hidden = round_to_e4m3(hidden)
+        group = first // STATE_GROUP + tl.arange(0, groups)
+        places = HIDDEN_SCALE + scale_place[None, :] + group[:, None] * SCALE_STRIDE
+        tl.store(places, largest * (1.0 / 448.0), mask=known[None, :] & (group * STATE_GROUP < INTERMEDIATE)[:, None])
     place = HIDDEN + row.to(tl.int64)[None, :] * INTERMEDIATE + channel[:, None]
-    stored = (pair < pairs)[None, :] & (channel < INTERMEDIATE)[:, None]
-    tl.store(place, hidden.to(HIDDEN.dtype.element_ty), mask=stored)
+    tl.store(place, hidden.to(HIDDEN.dtype.element_ty), mask=known[None, :] & (channel < INTERMEDIATE)[:, None])
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def down_product(
     HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs,
-    HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, ENCODING: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
+    HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, ENCODING: tl.constexpr, MAIN_ROWS: tl.constexpr,
+    TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`PARTS[pair] = expert_weight * (down @ HIDDEN[row])` for a block of rows, in the order of the pairs."""
     tiles: tl.constexpr = (HIDDEN_SIZE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
@@ -166,8 +273,12 @@ def down_product(
     expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
     if expert < 0:
         return
-    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = block * (MAIN_ROWS + TAIL_ROWS) + tl.arange(0, MAIN_ROWS)
     pair = tl.load(ROWS + row)
+    tail_row, tail_pair = row, pair
+    if TAIL_ROWS != 0:
+        tail_row = block * (MAIN_ROWS + TAIL_ROWS) + MAIN_ROWS + tl.arange(0, TAIL_ROWS)
+        tail_pair = tl.load(ROWS + tail_row)
     if OVERLAP:
         # The plan is older than the kernel before this one, which waited for it before it let this one start.
         if tl.program_id(0) < FIRST_PROGRAMS:
@@ -182,16 +293,35 @@ def down_product(
     if HIDDEN_SIZE % WEIGHT_ROWS != 0:
         weight_row = expert * HIDDEN_SIZE + tl.minimum(channel, HIDDEN_SIZE - 1)
     states = HIDDEN + row.to(tl.int64) * INTERMEDIATE
+    tail_states = HIDDEN + tail_row.to(tl.int64) * INTERMEDIATE
     weights, scales = encoded_rows(DOWN, DOWN_SCALE, weight_row, INTERMEDIATE, ENCODING)
-    sums = row_products(states, weights, scales, BLOCK_ROWS, WEIGHT_ROWS, INTERMEDIATE, DEPTH, ENCODING)
-
-    stored = pair < pairs
-    factor = tl.load(EXPERT_WEIGHTS + pair, mask=stored, other=0.0).to(tl.float32)
     if ENCODING == E4M3_DOT:
-        factor *= tl.load(HIDDEN_SCALE + row, mask=stored, other=0.0)
+        groups: tl.constexpr = (INTERMEDIATE + STATE_GROUP - 1) // STATE_GROUP
+        state_scales = HIDDEN_SCALE + block * ((groups - 1) * (MAIN_ROWS + TAIL_ROWS))
+        sums, tail_sums = grouped_products(
+            states, state_scales + row, pair < pairs, tail_states, state_scales + tail_row, tail_pair < pairs, weights,
+            MAIN_ROWS, TAIL_ROWS, WEIGHT_ROWS, INTERMEDIATE, DEPTH,
+        )  # fmt: skip
+    else:
+        sums, tail_sums = row_products(
+            states, pair < pairs, tail_states, tail_pair < pairs, weights, None, scales,
+            MAIN_ROWS, TAIL_ROWS, WEIGHT_ROWS, INTERMEDIATE, DEPTH, ENCODING,
+        )  # fmt: skip
+    scale = DOWN_SCALE + weight_row if ENCODING >= E4M3_BITS else DOWN_SCALE
+    write_parts(sums, scale, EXPERT_WEIGHTS, PARTS, channel, pair, pairs, HIDDEN_SIZE, ENCODING)
+    if TAIL_ROWS != 0:
+        write_parts(tail_sums, scale, EXPERT_WEIGHTS, PARTS, channel, tail_pair, pairs, HIDDEN_SIZE, ENCODING)
+
+
+@triton.jit
+def write_parts(
+    sums, weight_scale, EXPERT_WEIGHTS, PARTS, channel, pair, pairs, HIDDEN_SIZE: tl.constexpr, ENCODING: tl.constexpr
+):
+    """Weigh `sums` and store them as the parts of each `pair` below `pairs`."""
+    stored = pair < pairs
     if ENCODING >= E4M3_BITS:
-        sums *= tl.load(DOWN_SCALE + weight_row)[:, None]
-    sums *= factor[None, :]
+        sums *= tl.load(weight_scale)[:, None]
+    sums *= tl.load(EXPERT_WEIGHTS + pair, mask=stored, other=0.0).to(tl.float32)[None, :]
     place = PARTS + pair.to(tl.int64)[None, :] * HIDDEN_SIZE + channel[:, None]
     tl.store(place, sums.to(PARTS.dtype.element_ty), mask=stored[None, :] & (channel < HIDDEN_SIZE)[:, None])
 
@@ -213,16 +343,13 @@ def sum_parts(
     tl.store(OUTPUT + token * HIDDEN_SIZE + column, total.to(OUTPUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["pairs"])
-def quantize_rows(STATES, CODES, SCALE, ROWS, pairs, SIZE: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
-    """One row to float8_e4m3fn with its own scale, absmax / 448; rows that pad a dispatch plan stay as they are."""
+@triton.jit
+def quantize_rows(STATES, CODES, SCALE, SIZE: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
+    """One row to float8_e4m3fn with its own scale, absmax / 448."""
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
-    if ROWS is not None:  # noqa: SIM102 (known when compiled, the load is not)
-        if tl.load(ROWS + row) >= pairs:
-            return
     column = tl.arange(0, PADDED)
     states = tl.load(STATES + row * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(states), axis=0), 1e-30), tl.full([], 448.0, tl.float32))

@@ -11,7 +11,7 @@ from torch import Tensor
 INT4_GROUP = 32
 """Columns of a weight row that share one scale in the 4-bit encoding."""
 
-FP8_STATE_GROUP = 64
+FP8_STATE_GROUP = 128
 """Channels of an expert's hidden states that share one scale where activations are rounded to float8_e4m3fn."""
 
 _E4M3_LARGEST = 448.0
@@ -58,7 +58,7 @@ def expert_ffn_fp8(
         down: `[E, H, I]` float8_e4m3fn.
         down_scale: `[E, H]` float32.
         dynamic_activations: round `x` to float8_e4m3fn too, with a scale for each row that is its largest magnitude
-            / 448, and each expert's hidden states with such a scale for each 64 channels of a row.
+            / 448, and each expert's hidden states with such a scale for each 128 channels of a row.
 
     Returns:
         `[T, H]` in the dtype of `x`.

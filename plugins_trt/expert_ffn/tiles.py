@@ -29,7 +29,7 @@ class Tiles:
     """Tiles of a layer's two products, which share one dispatch plan."""
 
     block_rows: int
-    """Token rows of a block."""
+    """Token rows of a block: a power of two, or the sum of two of them that are 16 or more."""
     gate_up: Product
     down: Product
 
@@ -41,13 +41,13 @@ class Tiles:
 _TABLES = {
     WIDE.value: (
         (24, Tiles(32, Product(128, 64, 8, 4), Product(128, 64, 4, 5))),
-        (96, Tiles(64, Product(128, 64, 8, 3), Product(128, 64, 8, 4))),
-        (math.inf, Tiles(128, Product(128, 64, 8, 3), Product(128, 64, 4, 3))),
+        (96, Tiles(96, Product(128, 64, 8, 3), Product(256, 64, 8, 4))),
+        (math.inf, Tiles(160, Product(128, 64, 8, 3), Product(256, 64, 8, 4))),
     ),
     E4M3_DOT.value: (
-        (48, Tiles(32, Product(64, 128, 4, 4), Product(128, 128, 4, 4))),
-        (96, Tiles(64, Product(64, 128, 8, 3), Product(128, 128, 4, 3))),
-        (math.inf, Tiles(128, Product(128, 128, 8, 3), Product(128, 128, 4, 3))),
+        (48, Tiles(32, Product(128, 128, 8, 3), Product(128, 128, 4, 4))),
+        (96, Tiles(96, Product(128, 128, 8, 3), Product(128, 128, 8, 3))),
+        (math.inf, Tiles(160, Product(128, 128, 8, 3), Product(64, 128, 4, 3))),
     ),
     E4M3_BITS.value: (
         (48, Tiles(32, Product(64, 128, 4, 3), Product(64, 128, 4, 5))),
@@ -62,6 +62,8 @@ _TABLES = {
 }
 _SMALL = Tiles(32, Product(32, 32, 4, 2), Product(64, 32, 4, 2))
 """For GPUs of 99 KB of shared memory a block, and for float32."""
+_SMALL_E4M3 = Tiles(32, Product(128, 64, 8, 2), Product(64, 64, 4, 2))
+"""The same of 8-bit numbers, whose hidden states have a scale for each 128 channels of a tile."""
 
 
 def choose_tiles(rows_per_expert: float, encoding: int, element_size: int, gpu: Gpu) -> Tiles:
@@ -74,8 +76,14 @@ def choose_tiles(rows_per_expert: float, encoding: int, element_size: int, gpu: 
         gpu: where they run.
     """
     if element_size > 2 or not gpu.is_large:
-        return _SMALL
+        return _SMALL_E4M3 if encoding == E4M3_DOT.value else _SMALL
     return next(tiles for most, tiles in _TABLES[encoding] if rows_per_expert <= most)
+
+
+def row_parts(block_rows: int) -> tuple[int, int]:
+    """The two powers of two that a block's rows are the sum of, the larger one first; the other may be 0."""
+    main = 1 << (block_rows.bit_length() - 1)
+    return main, block_rows - main
 
 
 def weight_tiles(rows: int, product: Product) -> int:

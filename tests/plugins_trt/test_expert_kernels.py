@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -49,6 +50,8 @@ CASES = [
     Experts("even sizes, which two codes in a word need, that fill no tile", 11, 38, 22, 3),
 ]
 EVEN = CASES[-1]
+GROUPS = Experts("several groups of hidden channels, the last one not full", 9, 64, 288, 3)
+WIDE = Experts("blocks of a power of two and a tail, full and not, one of them with an empty tail", 57, 64, 160, 3, 2)
 GROUPED = [case for case in CASES if case.hidden % 32 == case.intermediate % 32 == 0]
 """Those whose sizes the 4-bit encoding can hold."""
 
@@ -96,8 +99,9 @@ def oracle(case: Mixture, rounded: bool = False) -> Oracle:
 
     Args:
         case: what to compute.
-        rounded: both products' rows are rounded to float8 by `reference`. A hidden state within its error of the
-            border between two codes may fall to either.
+        rounded: both products' rows are rounded to float8, those of the first one by `reference`, those of the second
+            in groups of 128 channels. A hidden state within its error of the border between two codes may fall to
+            either.
     """
     unit = torch.finfo(case.x.dtype).eps / 2
     least = torch.finfo(case.x.dtype).smallest_normal * unit
@@ -112,7 +116,8 @@ def oracle(case: Mixture, rounded: bool = False) -> Oracle:
             # |gelu(a)| <= |a| and |gelu'(a)| <= 1.13; 16 roundings in all of scales, gelu and products.
             off = (2 * len(x) + 16) * U32 * 1.13 * gate_sum * up_sum + unit * hidden.abs() + least
             if rounded:
-                hidden, off = _between_codes(hidden, off)
+                groups = zip(hidden.split(128), off.split(128), strict=True)
+                hidden, off = map(torch.cat, zip(*(_between_codes(*group) for group in groups), strict=True))
             value[t] += weight * (down @ hidden)
             products = down.abs() @ hidden.abs()
             slack[t] += weight * (down.abs() @ off + ((len(hidden) + 16) * U32 + unit) * products) + least
@@ -145,6 +150,35 @@ def test_feed_forward(interpreter: Interpreter, case: Experts, dtype: torch.dtyp
     assert_close(interpreter(kernel.expert_ffn, *layer.tokens, layer.gate_up, layer.down), oracle(layer))
 
 
+BLOCK_48 = tiles.Tiles(48, tiles.Product(32, 32, 4, 2), tiles.Product(64, 32, 4, 2))
+BLOCK_48_E4M3 = tiles.Tiles(48, tiles.Product(128, 64, 4, 2), tiles.Product(64, 64, 4, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_of_two_powers_of_two(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    """Catches a tail that takes its block's first rows, or that is stored where they are."""
+    layer = mixture(WIDE, dtype)
+    counts = torch.bincount(layer.ids.flatten())
+    assert any(count % 48 > 32 for count in counts)
+    assert any(0 < count % 48 <= 32 for count in counts)
+    output = interpreter(kernel.expert_ffn, *layer.tokens, layer.gate_up, layer.down, tiles=BLOCK_48)
+    assert_close(output, oracle(layer))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parts(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    """Catches a part in another's place: their sum would be right all the same."""
+    layer = mixture(ORDINARY, dtype)
+    actual = interpreter(kernel.expert_parts, *layer.tokens, layer.gate_up, layer.down)
+    named = reference.expert_parts(*layer.tokens, layer.gate_up, layer.down)
+    for choice in range(ORDINARY.top_k):
+        one = slice(choice, choice + 1)
+        single = Mixture(layer.x, layer.ids[:, one], layer.weights[:, one], layer.gate_up, layer.down)
+        assert_close(actual[:, choice], oracle(single))
+        if dtype == torch.float32:
+            assert_close(named[:, choice], oracle(single))
+
+
 def to_fp8(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and the weights that they stand for."""
     scale = weights.abs().amax(-1).float() / 448
@@ -164,15 +198,34 @@ def test_fp8_weights(interpreter: Interpreter, case: Experts, dtype: torch.dtype
     assert_close(output, oracle(true))
 
 
-@pytest.mark.parametrize("case", [ORDINARY, EVEN, CASES[3]], ids=lambda case: case.catches)
-def test_fp8_weights_and_activations(interpreter: Interpreter, case: Experts) -> None:
-    """Catches a scale of the wrong token, rows that truncate, and padding rows that spoil their block."""
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [*((case, None) for case in (ORDINARY, EVEN, CASES[3], GROUPS)), (WIDE, BLOCK_48_E4M3)],
+    ids=lambda value: getattr(value, "catches", None),
+)
+def test_fp8_weights_and_activations(interpreter: Interpreter, case: Experts, size: tiles.Tiles | None) -> None:
+    """Catches a scale of the wrong token or group, rows that truncate, and padding rows that spoil their block."""
     layer = mixture(case, torch.float32)
     *gate_up, true_gate_up = to_fp8(layer.gate_up)
     *down, true_down = to_fp8(layer.down)
     true = Mixture(*layer.tokens, true_gate_up, true_down)
-    output = interpreter(kernel.expert_ffn_fp8, *layer.tokens, *gate_up, *down, dynamic_activations=True)
+    output = interpreter(kernel.expert_ffn_fp8, *layer.tokens, *gate_up, *down, dynamic_activations=True, tiles=size)
     assert_close(output, oracle(true, rounded=True))
+
+
+def test_fp8_parts(interpreter: Interpreter) -> None:
+    """Catches codes that are rounded a second time, a scale of the wrong token, and a part in another's place."""
+    layer = mixture(GROUPS, torch.float32)
+    codes, scale, _ = to_fp8(layer.x)
+    *gate_up, true_gate_up = to_fp8(layer.gate_up)
+    *down, true_down = to_fp8(layer.down)
+    for function in (partial(interpreter, kernel.expert_parts_fp8), reference.expert_parts_fp8):
+        parts = function(codes, scale, *layer.tokens[1:], *gate_up, *down, torch.float32)
+        for choice in range(GROUPS.top_k):
+            ids, weights = layer.ids[:, choice, None], layer.weights[:, choice, None]
+            assert_close(
+                parts[:, choice], oracle(Mixture(layer.x, ids, weights, true_gate_up, true_down), rounded=True)
+            )
 
 
 def test_every_fp8_code(interpreter: Interpreter) -> None:
@@ -211,10 +264,11 @@ def test_int4_weights(interpreter: Interpreter, case: Experts, dtype: torch.dtyp
     assert_close(reference.expert_ffn_int4(*layer.tokens, *encoded), oracle(Mixture(*layer.tokens, *true)))
 
 
+@pytest.mark.parametrize("case", [ORDINARY, GROUPS], ids=lambda case: case.catches)
 @pytest.mark.parametrize("rounded", [False, True])
-def test_fp8_reference(rounded: bool) -> None:
+def test_fp8_reference(rounded: bool, case: Experts) -> None:
     """Catches an oracle of the GPU's checks that means something else than the kernels' oracle here."""
-    layer = mixture(ORDINARY, torch.float32)
+    layer = mixture(case, torch.float32)
     *gate_up, true_gate_up = to_fp8(layer.gate_up)
     *down, true_down = to_fp8(layer.down)
     output = reference.expert_ffn_fp8(*layer.tokens, *gate_up, *down, dynamic_activations=rounded)
