@@ -21,8 +21,8 @@ from benchmarks.gpu.expert_layers import (
     random_tokens,
 )
 from benchmarks.gpu.timing import graph_seconds
-from plugins_trt.expert_ffn.dispatch import dispatch
-from plugins_trt.expert_ffn.kernel import gated_states, weighted_parts
+from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
+from plugins_trt.expert_ffn.kernel import States, gated_states, hidden_buffer, quantized, weighted_parts
 from plugins_trt.expert_ffn.tiles import Product
 
 
@@ -54,17 +54,62 @@ _TILES = {
     ),
     256: ([(64, 64, 8, 3)], [(128, 64, 8, 3)]),
 }  # fmt: skip
+"""Of encodings that are widened."""
+
+_STRAIGHT_TILES = {
+    # Of encodings that the matrix units multiply as they are; float8 wants whole groups of 128 hidden channels.
+    "bf16": {
+        32: (
+            [(128, 64, 8, 4), (128, 64, 8, 5), (64, 64, 4, 5), (64, 64, 4, 6), (64, 128, 4, 3), (64, 128, 4, 4),
+             (128, 128, 8, 3)],
+            [(128, 64, 4, 5), (128, 64, 4, 6), (128, 64, 8, 6), (64, 64, 4, 6), (64, 128, 4, 4), (128, 128, 4, 3),
+             (256, 64, 8, 4)],
+        ),
+        96: (
+            [(128, 64, 8, 3), (128, 64, 8, 4), (64, 64, 4, 3), (64, 64, 4, 4)],
+            [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 4), (128, 64, 8, 4)],
+        ),
+        192: (
+            [(128, 64, 8, 3), (128, 64, 8, 4), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 3)],
+            [(256, 64, 8, 3), (256, 64, 8, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 4)],
+        ),
+    },
+    "fp8-dynamic": {
+        32: (
+            [(128, 128, 8, 3), (128, 128, 8, 4), (128, 128, 8, 5), (128, 256, 8, 2), (128, 256, 8, 3),
+             (128, 128, 4, 3)],
+            [(128, 128, 4, 3), (128, 128, 4, 4), (128, 128, 4, 5), (64, 128, 4, 5), (128, 128, 8, 4),
+             (256, 128, 8, 3), (128, 64, 4, 6)],
+        ),
+        96: (
+            [(128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 2)],
+            [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (128, 128, 4, 3)],
+        ),
+        192: (
+            [(128, 128, 8, 3), (128, 128, 8, 4), (128, 256, 8, 2)],
+            [(128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 8, 4), (128, 128, 4, 3)],
+        ),
+    },
+}  # fmt: skip
 
 BLOCK_ROWS = {256: (16, 32), 2048: (64, 128), 8192: (128, 256), 1024: (32, 64), 512: (32, 64), 4096: (128, 256)}
 """Block sizes to try by number of tokens, the most telling numbers first."""
 
+_STRAIGHT_BLOCK_ROWS = {
+    256: (16, 32), 2048: (128, 160, 192), 8192: (128, 160, 192), 1024: (64, 96), 512: (32, 48), 4096: (128, 160, 192)
+}  # fmt: skip
+
+
+def block_sizes(encoding: str, tokens: int) -> tuple[int, ...]:
+    """Block sizes to try."""
+    return (_STRAIGHT_BLOCK_ROWS if encoding in _STRAIGHT_TILES else BLOCK_ROWS)[tokens]
+
 
 def candidates(encoding: str, block_rows: int) -> list[Candidate]:
-    """Tile sizes worth a try for one block size; 8-bit and 4-bit weights are read twice as many columns at a time."""
-    deeper = 1 if encoding == "bf16" else 2
-    products = zip(
-        ("gate_up", "down"), next(tiles for most, tiles in _TILES.items() if block_rows <= most), strict=True
-    )
+    """Tile sizes worth a try for one block size; widened weights are read twice as many columns at a time."""
+    straight = _STRAIGHT_TILES.get(encoding)
+    table, deeper = (straight, 1) if straight else (_TILES, 2)
+    products = zip(("gate_up", "down"), next(tiles for most, tiles in table.items() if block_rows <= most), strict=True)
     return [
         Candidate(encoding, product, block_rows, Product(rows, depth * deeper, warps, stages))
         for product, tiles in products
@@ -75,21 +120,37 @@ def candidates(encoding: str, block_rows: int) -> list[Candidate]:
 def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float:
     """Seconds a layer of one product."""
     x, ids, weights = random_tokens(tokens, generator)
+    states = States(*quantized(x)) if layers[0].weights.dynamic_activations else States(x)
     plan = dispatch(ids, EXPERTS, candidate.block_rows)
     if candidate.product == "gate_up":
-        calls = [partial(gated_states, x, plan, layer.weights, candidate.tile, TOP_K) for layer in layers]
-    else:
-        shape = (plan.rows.numel(), INTERMEDIATE)
-        hidden = torch.randn(shape, dtype=x.dtype, device="cuda", generator=generator)
-        calls = [partial(weighted_parts, hidden, plan, layer.weights, candidate.tile, weights) for layer in layers]
-    return graph_seconds(calls)
+        return graph_seconds(
+            [partial(gated_states, states, plan, layer.weights, candidate.tile, TOP_K) for layer in layers]
+        )
+    hidden = _hidden(states, plan, generator)
+    return graph_seconds(
+        [partial(weighted_parts, hidden, plan, layer.weights, candidate.tile, weights, x.dtype) for layer in layers]
+    )
+
+
+def _hidden(states: States, plan: DispatchPlan, generator: torch.Generator) -> States:
+    """Random hidden states, encoded as `states` are: a product of zeros is faster."""
+    hidden = hidden_buffer(plan, INTERMEDIATE, states)
+    normal = torch.randn(hidden.values.shape, device="cuda", generator=generator)
+    hidden.values.copy_(normal if hidden.scale is None else normal * 100)
+    if hidden.scale is not None:
+        hidden.scale.fill_(0.01)
+    return hidden
 
 
 def compile_all(encodings: Sequence[str], tokens: Sequence[int], jobs: int) -> None:
     """Fill Triton's cache with all candidates from several processes; to be called before this one touches the GPU,
     for they are forked."""
-    sizes = sorted({rows for count in tokens for rows in BLOCK_ROWS[count]})
-    wanted = [one for encoding in encodings for rows in sizes for one in candidates(encoding, rows)]
+    wanted = [
+        one
+        for encoding in encodings
+        for rows in sorted({rows for count in tokens for rows in block_sizes(encoding, count)})
+        for one in candidates(encoding, rows)
+    ]
     shares = [wanted[index::jobs] for index in range(jobs)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         list(pool.map(_compile, shares))
@@ -108,7 +169,7 @@ def _attempt(candidate: Candidate, layers: Sequence[Layer], tokens: int, generat
     """Seconds, or nothing where the tile does not fit this GPU."""
     try:
         return run(candidate, layers, tokens, generator)
-    except triton.runtime.errors.OutOfResources:
+    except (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError):
         return None
 
 
@@ -120,7 +181,7 @@ def tune(layers: Mapping[str, Sequence[Layer]], tokens: Sequence[int], deadline:
             if time.monotonic() > deadline:
                 print(f"no time for {count} tokens in {encoding}", flush=True)
                 continue
-            wanted = [one for size in BLOCK_ROWS[count] for one in candidates(encoding, size)]
+            wanted = [one for size in block_sizes(encoding, count) for one in candidates(encoding, size)]
             yield from _compare(wanted, layers[encoding], count, generator)
 
 

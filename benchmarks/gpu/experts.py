@@ -1,8 +1,8 @@
-"""The experts' kernels on one GPU: `python -m benchmarks.gpu.experts [--check] [--tune] [--out FILE]`.
+"""The experts' kernels on one GPU: `python -m benchmarks.gpu.experts [--check] [--tune] [--library] [--out FILE]`.
 
 Checks them against float32, or times the operation with the tiles that its table chooses, beside the time that reading
 the weights or multiplying must take; with `--tune` also every candidate tile of either product. Weights are those of
-several layers in turn, so that none is found in the cache.
+several layers in turn, so that none is found in the cache. `--library` times torch's grouped product too.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from benchmarks.gpu.expert_layers import (
     random_layer,
     random_tokens,
 )
+from benchmarks.gpu.expert_library import library_error, library_ffn, library_products, sorted_pairs
 from benchmarks.gpu.expert_tuning import compile_all, tune
 from benchmarks.gpu.timing import Limits, graph_seconds
 from plugins_trt.expert_ffn.dispatch import dispatch
-from plugins_trt.expert_ffn.kernel import sum_of_parts
+from plugins_trt.expert_ffn.kernel import quantized, sum_of_parts
 from plugins_trt.expert_ffn.tiles import choose_tiles
 from plugins_trt.expert_routing.kernel import expert_routing
 from plugins_trt.gpu import Gpu, gpu_of
@@ -67,14 +68,35 @@ def measure(layers: Sequence[Layer], tokens: int, limits: Limits) -> dict[str, o
     }  # fmt: skip
 
 
+def measure_library(layers: Sequence[Layer], tokens: int) -> dict[str, object]:
+    """Times the same in bf16 with torch's grouped product."""
+    arguments = random_tokens(tokens, torch.Generator("cuda").manual_seed(2))
+    error = library_error(layers[0], *arguments)
+    seconds = graph_seconds([partial(library_ffn, *arguments, *layer.tensors) for layer in layers])
+    x, ids, _ = arguments
+    order, ends = sorted_pairs(ids)
+    rows = x[order // TOP_K], x[order // TOP_K, :INTERMEDIATE].contiguous(), ends
+    products = graph_seconds([partial(library_products, *rows, *layer.tensors) for layer in layers])
+    print(
+        f"torch grouped_mm {tokens:5} tokens: {seconds * 1e6:8.1f} us a layer, its two products alone "
+        f"{products * 1e6:8.1f}; differs from the kernels by {error:.1e}",
+        flush=True,
+    )
+    return {"name": "grouped_mm", "tokens": tokens, "seconds": seconds, "products": products, "error": error}
+
+
 def measure_small(tokens: int) -> Iterator[dict[str, object]]:
     """Times what stands around the two products."""
     x, ids, _ = random_tokens(tokens, torch.Generator("cuda").manual_seed(2))
-    logits, parts = torch.randn_like(x[:, :EXPERTS].contiguous()), x.repeat_interleave(TOP_K, dim=0)
+    logits, parts = (
+        torch.randn_like(x[:, :EXPERTS].contiguous()),
+        x.unsqueeze(1).repeat(1, TOP_K, 1),
+    )
     for name, call in (
         ("routing", partial(expert_routing, logits, logits[0].contiguous(), TOP_K)),
         ("dispatch", partial(dispatch, ids, EXPERTS, 32)),
-        ("sum of parts", partial(sum_of_parts, parts, TOP_K)),
+        ("sum of parts", partial(sum_of_parts, parts)),
+        ("quantised x", partial(quantized, x)),
     ):
         seconds = graph_seconds([call] * 20)
         print(f"{name:12} {tokens:5} tokens: {seconds * 1e6:8.1f} us", flush=True)
@@ -88,11 +110,14 @@ def main() -> int:
     parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=ENCODINGS, help="encodings to time")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens to time")
     parser.add_argument("--tune", action="store_true", help="time every candidate tile too")
+    parser.add_argument("--library", action="store_true", help="time torch's grouped product in bf16 too")
     parser.add_argument("--apart", action="store_true", help="start no kernel before the one before it has ended")
     parser.add_argument("--seconds", type=float, default=60, help="time after which no more candidates are timed")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 14), help="processes that compile")
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args()
+    if options.library and "bf16" not in options.encodings:
+        parser.error("--library times bf16, which --encodings leaves out")
     if options.apart:
         Gpu.overlaps_kernels = property(lambda _: False)  # type: ignore[method-assign, assignment]
     begin = time.monotonic()
@@ -124,9 +149,11 @@ def _timed(options: argparse.Namespace) -> dict[str, object]:
     generator = torch.Generator("cuda").manual_seed(1)
     layers = {encoding: [random_layer(encoding, generator) for _ in range(ROTATED)] for encoding in options.encodings}
     table = [measure(layers[encoding], tokens, limits) for encoding in options.encodings for tokens in options.tokens]
+    library = [measure_library(layers["bf16"], tokens) for tokens in options.tokens if options.library]
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "overlap": not options.apart, "limits": asdict(limits), "table": table, "small": [*measure_small(256)],
+        "overlap": not options.apart, "limits": asdict(limits), "table": table,
+        "small": [*library, *measure_small(256)],
         "candidates": [*tune(layers, options.tokens, deadline)] if options.tune else [],
     }  # fmt: skip
 

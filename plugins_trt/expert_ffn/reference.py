@@ -206,7 +206,7 @@ def _round_to_fp8(states: Tensor) -> Tensor:
 
 
 def _round_groups_to_fp8(states: Tensor) -> Tensor:
-    return torch.cat([_round_to_fp8(group) for group in states.split(FP8_STATE_GROUP, dim=-1)], dim=-1)
+    return torch.cat([_round_to_fp8(group) for group in torch.split(states, FP8_STATE_GROUP, dim=-1)], dim=-1)
 
 
 def _from_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
