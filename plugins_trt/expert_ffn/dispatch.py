@@ -22,14 +22,19 @@ class DispatchPlan:
 
     block_expert: Tensor
     """`[blocks]` int32: expert of a block, -1 for the surplus blocks at the end."""
+    used: Tensor
+    """`[1]` int32: blocks that are no surplus."""
     rows: Tensor
     """`[blocks, block_rows]` int32: an expert's pairs in rising order, then `pairs` as padding; surplus: undefined."""
     pairs: int
     """`T * K`."""
 
+    launched: int
+    """Blocks that a product starts programs for: those that all experts need when they share the pairs evenly."""
+
     @property
     def blocks(self) -> int:
-        """Blocks that are launched, surplus ones among them."""
+        """The most blocks that these pairs can need."""
         return self.rows.shape[0]
 
 
@@ -48,22 +53,24 @@ def dispatch(expert_ids: Tensor, experts: int, block_rows: int) -> DispatchPlan:
     """
     pairs = expert_ids.numel()
     blocks = block_bound(pairs, experts, block_rows)
+    even = min(pairs, experts) * triton.cdiv(triton.cdiv(pairs, experts), block_rows)
     block_expert = torch.empty(blocks, dtype=torch.int32, device=expert_ids.device)
+    used = torch.empty(1, dtype=torch.int32, device=expert_ids.device)
     rows = torch.empty(blocks, block_rows, dtype=torch.int32, device=expert_ids.device)
     chunk = min(triton.next_power_of_2(pairs), 2048)
     # Histograms of fewer bins than a warp has lanes are refused by some targets.
     bins = max(triton.next_power_of_2(experts), 32)
     overlap = gpu_of(expert_ids.device).overlaps_kernels
     sort_pairs[(experts,)](
-        expert_ids, block_expert, rows, pairs, blocks, experts, bins, block_rows, triton.next_power_of_2(block_rows),
-        chunk, overlap, num_warps=8, launch_pdl=overlap,
+        expert_ids, block_expert, used, rows, pairs, blocks, experts, bins, block_rows,
+        triton.next_power_of_2(block_rows), chunk, overlap, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
-    return DispatchPlan(block_expert, rows, pairs)
+    return DispatchPlan(block_expert, used, rows, pairs, min(blocks, even))
 
 
 @triton.jit(do_not_specialize=["pairs", "blocks"])
 def sort_pairs(
-    EXPERT_IDS, BLOCK_EXPERT, ROWS, pairs, blocks,
+    EXPERT_IDS, BLOCK_EXPERT, USED, ROWS, pairs, blocks,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_ROWS: tl.constexpr, PADDED_ROWS: tl.constexpr,
     CHUNK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -98,6 +105,7 @@ def sort_pairs(
     for block in range(first, end):
         tl.store(BLOCK_EXPERT + block, own)
     if own == EXPERTS - 1:
+        tl.store(USED, end)
         for start in range(end, blocks, BINS):
             surplus = start + tl.arange(0, BINS)
             tl.store(BLOCK_EXPERT + surplus, tl.full([BINS], -1, tl.int32), mask=surplus < blocks)

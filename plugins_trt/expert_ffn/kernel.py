@@ -256,11 +256,11 @@ def gated_states(x: States, plan: DispatchPlan, weights: ExpertWeights, product:
     hidden = hidden_buffer(plan, intermediate, x)
     gpu = gpu_of(x.values.device)
     overlap = gpu.overlaps_kernels
-    gate_up_product[(plan.blocks * weight_tiles(intermediate, product),)](
-        x.values, x.scale, plan.rows, plan.block_expert, _stored(weights.gate_up, weights), weights.gate_up_scale,
-        hidden.values, hidden.scale, plan.pairs, experts, hidden_size, intermediate, top_k, weights.encoding,
-        *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, gpu.rounds_to_e4m3, overlap,
-        num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
+    gate_up_product[(plan.launched * weight_tiles(intermediate, product),)](
+        x.values, x.scale, plan.rows, plan.block_expert, plan.used, _stored(weights.gate_up, weights),
+        weights.gate_up_scale, hidden.values, hidden.scale, plan.pairs, experts, hidden_size, intermediate, top_k,
+        weights.encoding, *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, gpu.rounds_to_e4m3,
+        overlap, num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
     )  # fmt: skip
     return hidden
 
@@ -283,9 +283,9 @@ def weighted_parts(
     _, hidden_size, intermediate = weights.sizes
     weighted = torch.empty(plan.pairs, hidden_size, dtype=dtype, device=expert_weights.device)
     overlap = gpu_of(expert_weights.device).overlaps_kernels
-    down_product[(plan.blocks * weight_tiles(hidden_size, product),)](
-        hidden.values, hidden.scale, plan.rows, plan.block_expert, _stored(weights.down, weights), weights.down_scale,
-        expert_weights, weighted, plan.pairs, hidden_size, intermediate, weights.encoding,
+    down_product[(plan.launched * weight_tiles(hidden_size, product),)](
+        hidden.values, hidden.scale, plan.rows, plan.block_expert, plan.used, _stored(weights.down, weights),
+        weights.down_scale, expert_weights, weighted, plan.pairs, hidden_size, intermediate, weights.encoding,
         *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, overlap,
         num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
     )  # fmt: skip

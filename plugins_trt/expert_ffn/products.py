@@ -3,7 +3,8 @@
 A program owns one tile of an expert's weight rows and one block of its token rows, and walks along the columns. The
 weights are the left operand, for the matrix units want 64 rows there and an expert rarely has as many tokens.
 Programs of one block follow each other, so that an expert's weights are read in one stream, and blocks of one expert
-find them in the L2 cache.
+find them in the L2 cache. There are programs for as many blocks as evenly spread tokens need; if there are more, a
+program goes on to the next one that has none.
 
 Where the GPU can (`OVERLAP`, sm_90 on) a kernel starts while the one before it ends: it asks for the weights that its
 first programs need, waits for the other's results, and lets the next one start as soon as all its own programs have.
@@ -165,7 +166,7 @@ def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr
 
 @triton.jit(do_not_specialize=["pairs"])
 def gate_up_product(
-    X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, HIDDEN_SCALE, pairs, EXPERTS: tl.constexpr,
+    X, X_SCALE, ROWS, BLOCK_EXPERT, USED, GATE_UP, GATE_UP_SCALE, HIDDEN, HIDDEN_SCALE, pairs, EXPERTS: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ENCODING: tl.constexpr,
     MAIN_ROWS: tl.constexpr, TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
     ROUNDS: tl.constexpr, OVERLAP: tl.constexpr,
@@ -175,21 +176,35 @@ def gate_up_product(
     With `E4M3_DOT` as codes and `HIDDEN_SCALE [blocks, groups, block_rows]`; `ROUNDS` where a cast rounds to e4m3.
     """
     tiles: tl.constexpr = (INTERMEDIATE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
-    block = tl.program_id(0) // tiles
+    first = (tl.program_id(0) % tiles) * WEIGHT_ROWS
     if OVERLAP:
         if tl.program_id(0) < FIRST_PROGRAMS:
             # The plan is not there yet; where every expert has a block, its number is the expert's.
-            row = tl.minimum(block, EXPERTS - 1).to(tl.int64) * (2 * INTERMEDIATE)
-            row += (tl.program_id(0) % tiles) * WEIGHT_ROWS
+            row = tl.minimum(tl.program_id(0) // tiles, EXPERTS - 1).to(tl.int64) * (2 * INTERMEDIATE)
+            row += first
             gate, _ = encoded_rows(GATE_UP, GATE_UP_SCALE, row, HIDDEN_SIZE, ENCODING)
             up, _ = encoded_rows(GATE_UP, GATE_UP_SCALE, row + INTERMEDIATE, HIDDEN_SIZE, ENCODING)
             fetch_ahead(gate, FETCHED_AHEAD // 2)
             fetch_ahead(up, FETCHED_AHEAD // 2)
         gdc_wait()
         gdc_launch_dependents()
+    for tile in range(tl.program_id(0), tl.load(USED) * tiles, tl.num_programs(0)):
+        gate_up_tile(
+            X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, HIDDEN_SCALE, pairs,
+            tile // tiles, tile % tiles * WEIGHT_ROWS,
+            HIDDEN_SIZE, INTERMEDIATE, TOP_K, ENCODING, MAIN_ROWS, TAIL_ROWS, WEIGHT_ROWS, DEPTH, ROUNDS,
+        )  # fmt: skip
+
+
+@triton.jit
+def gate_up_tile(
+    X, X_SCALE, ROWS, BLOCK_EXPERT, GATE_UP, GATE_UP_SCALE, HIDDEN, HIDDEN_SCALE, pairs, block, first,
+    HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, TOP_K: tl.constexpr, ENCODING: tl.constexpr,
+    MAIN_ROWS: tl.constexpr, TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """`gate_up_product` for one block and the channels from `first` on."""
     expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
-    if expert < 0:
-        return
     row = block * (MAIN_ROWS + TAIL_ROWS) + tl.arange(0, MAIN_ROWS)
     pair = tl.load(ROWS + row)
     token = tl.minimum(pair, pairs - 1) // TOP_K
@@ -200,7 +215,6 @@ def gate_up_product(
         tail_token = tl.minimum(tail_pair, pairs - 1) // TOP_K
 
     # Gate rows and their up rows in one tile. Rows past the last one lead to hidden states of zero.
-    first = (tl.program_id(0) % tiles) * WEIGHT_ROWS
     lane = tl.arange(0, 2 * WEIGHT_ROWS)
     channel = first + lane % WEIGHT_ROWS
     channel_known = None
@@ -263,32 +277,46 @@ def write_hidden(
 
 @triton.jit(do_not_specialize=["pairs"])
 def down_product(
-    HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs,
+    HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, USED, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs,
     HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, ENCODING: tl.constexpr, MAIN_ROWS: tl.constexpr,
     TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """`PARTS[pair] = expert_weight * (down @ HIDDEN[row])` for a block of rows, in the order of the pairs."""
     tiles: tl.constexpr = (HIDDEN_SIZE + WEIGHT_ROWS - 1) // WEIGHT_ROWS
-    block = tl.program_id(0) // tiles
+    first = (tl.program_id(0) % tiles) * WEIGHT_ROWS
+    used = tl.load(USED)
+    if OVERLAP:
+        # The plan is older than the kernel before this one, which waited for it before it let this one start.
+        if tl.program_id(0) < tl.minimum(FIRST_PROGRAMS, used * tiles):
+            row = tl.load(BLOCK_EXPERT + tl.program_id(0) // tiles).to(tl.int64) * HIDDEN_SIZE + first
+            start, _ = encoded_rows(DOWN, DOWN_SCALE, row, INTERMEDIATE, ENCODING)
+            fetch_ahead(start, FETCHED_AHEAD)
+        gdc_wait()
+        gdc_launch_dependents()
+    for tile in range(tl.program_id(0), used * tiles, tl.num_programs(0)):
+        down_tile(
+            HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs,
+            tile // tiles, tile % tiles * WEIGHT_ROWS,
+            HIDDEN_SIZE, INTERMEDIATE, ENCODING, MAIN_ROWS, TAIL_ROWS, WEIGHT_ROWS, DEPTH,
+        )  # fmt: skip
+
+
+@triton.jit
+def down_tile(
+    HIDDEN, HIDDEN_SCALE, ROWS, BLOCK_EXPERT, DOWN, DOWN_SCALE, EXPERT_WEIGHTS, PARTS, pairs, block, first,
+    HIDDEN_SIZE: tl.constexpr, INTERMEDIATE: tl.constexpr, ENCODING: tl.constexpr, MAIN_ROWS: tl.constexpr,
+    TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """`down_product` for one block and the channels from `first` on."""
     expert = tl.load(BLOCK_EXPERT + block).to(tl.int64)
-    if expert < 0:
-        return
     row = block * (MAIN_ROWS + TAIL_ROWS) + tl.arange(0, MAIN_ROWS)
     pair = tl.load(ROWS + row)
     tail_row, tail_pair = row, pair
     if TAIL_ROWS != 0:
         tail_row = block * (MAIN_ROWS + TAIL_ROWS) + MAIN_ROWS + tl.arange(0, TAIL_ROWS)
         tail_pair = tl.load(ROWS + tail_row)
-    if OVERLAP:
-        # The plan is older than the kernel before this one, which waited for it before it let this one start.
-        if tl.program_id(0) < FIRST_PROGRAMS:
-            first = expert * HIDDEN_SIZE + (tl.program_id(0) % tiles) * WEIGHT_ROWS
-            start, _ = encoded_rows(DOWN, DOWN_SCALE, first, INTERMEDIATE, ENCODING)
-            fetch_ahead(start, FETCHED_AHEAD)
-        gdc_wait()
-        gdc_launch_dependents()
 
-    channel = (tl.program_id(0) % tiles) * WEIGHT_ROWS + tl.arange(0, WEIGHT_ROWS)
+    channel = first + tl.arange(0, WEIGHT_ROWS)
     weight_row = expert * HIDDEN_SIZE + channel
     if HIDDEN_SIZE % WEIGHT_ROWS != 0:
         weight_row = expert * HIDDEN_SIZE + tl.minimum(channel, HIDDEN_SIZE - 1)

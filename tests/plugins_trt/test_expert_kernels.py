@@ -47,6 +47,7 @@ CASES = [
     Experts("no token: an empty grid", tokens=0),
     Experts("one column, so that little rounding hides a gelu of another kind", 9, 1, 8),
     Experts("several turns of the loop and several tiles", 5, 160, 96, 3),
+    Experts("more blocks than evenly spread tokens need: a program that stops at its first one", 96, 32, 32, 3, 1),
     Experts("even sizes, which two codes in a word need, that fill no tile", 11, 38, 22, 3),
 ]
 EVEN = CASES[-1]
@@ -69,6 +70,13 @@ class Mixture:
     @property
     def tokens(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.x, self.ids, self.weights
+
+
+def test_uneven_tokens_need_more_blocks_than_are_launched() -> None:
+    """Catches a case above that never makes a program go on."""
+    (case,) = (case for case in CASES if "evenly" in case.catches)
+    counts = torch.bincount(mixture(case, torch.float32).ids.flatten())
+    assert int(((counts + 31) // 32).sum()) > case.experts
 
 
 def mixture(case: Experts, dtype: torch.dtype) -> Mixture:

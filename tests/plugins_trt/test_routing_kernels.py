@@ -76,6 +76,7 @@ def assert_planned(interpreter: Interpreter, ids: Tensor, experts: int, block_ro
     expected = plan_of(ids, experts, block_rows)
     used = len(expected)
     assert plan.block_expert.tolist() == [expert for expert, _ in expected] + [-1] * (plan.blocks - used)
+    assert plan.used.tolist() == [used]
     assert plan.rows[:used].tolist() == [rows for _, rows in expected]
 
 
@@ -94,11 +95,11 @@ def test_plan_of_more_experts_than_a_warp_has_lanes(interpreter: Interpreter) ->
 @settings(max_examples=25)
 @given(data=st.data())
 def test_plan_sorts_pairs_by_expert(interpreter: Interpreter, data: st.DataObject) -> None:
-    """Catches an expert without tokens, one with all, blocks filled to the brim, single pairs."""
+    """Catches an expert without tokens, one with all, blocks filled to the brim or of no power of two, single pairs."""
     experts, top_k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
     chosen = st.lists(st.integers(0, experts - 1), min_size=top_k, max_size=top_k)
     ids = torch.tensor(data.draw(st.lists(chosen, min_size=1, max_size=24)))
-    assert_planned(interpreter, ids, experts, data.draw(st.sampled_from([2, 4, 16])))
+    assert_planned(interpreter, ids, experts, data.draw(st.sampled_from([2, 4, 6, 16])))
 
 
 @given(counts=st.lists(st.integers(0, 70), min_size=1, max_size=9), block_rows=st.sampled_from([1, 2, 16, 32]))
