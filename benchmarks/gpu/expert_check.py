@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.expert_layers import ENCODINGS, EXPERTS, TOP_K, Layer, random_layer, random_tokens
+from benchmarks.gpu.expert_layers import EXPERTS, TOP_K, Layer, random_layer, random_tokens
 from plugins_trt.expert_ffn.dispatch import dispatch
 from plugins_trt.expert_ffn.kernel import expert_ffn_fp8
 from plugins_trt.expert_ffn.tiles import choose_tiles
@@ -26,14 +26,14 @@ unit of bfloat16, so that it falls to the neighbouring code, one of 2^4 to 2^3 u
 eight does."""
 
 
-def check(generator: torch.Generator) -> Iterator[tuple[str, float, float]]:
+def check(encodings: Sequence[str], generator: torch.Generator) -> Iterator[tuple[str, float, float]]:
     """Yields what was compared, by how much it was off and how much it may be."""
     yield from _routing(generator)
     for tokens, block_rows in ((1, 32), (256, 32), (2048, 32), (2048, 160)):
         name = f"dispatch plan, {tokens} tokens in blocks of {block_rows}: rows out of place"
         yield name, _misplaced(tokens, block_rows, generator), 0.0
     yield "fp8 codes that are widened wrongly", _wrong_codes(), 0.0
-    for encoding in ENCODINGS:
+    for encoding in encodings:
         layer = random_layer(encoding, generator)
         for tokens in (1, 256, 1000, 2048):
             x, ids, weights = random_tokens(tokens, generator)

@@ -136,9 +136,9 @@ def _hidden(states: States, plan: DispatchPlan, generator: torch.Generator) -> S
     """Random hidden states, encoded as `states` are: a product of zeros is faster."""
     hidden = hidden_buffer(plan, INTERMEDIATE, states)
     normal = torch.randn(hidden.values.shape, device="cuda", generator=generator)
-    hidden.values.copy_(normal if hidden.scale is None else normal * 100)
+    hidden.values.copy_(normal if hidden.scale is None else normal * 64)
     if hidden.scale is not None:
-        hidden.scale.fill_(0.01)
+        hidden.scale.fill_(1 / 64)
     return hidden
 
 

@@ -107,7 +107,9 @@ def main() -> int:
     """Command line; 1 where a check fails."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="compare with float32 in place of timing")
-    parser.add_argument("--encodings", nargs="+", choices=ENCODINGS, default=ENCODINGS, help="encodings to time")
+    parser.add_argument(
+        "--encodings", nargs="+", choices=ENCODINGS, default=ENCODINGS, help="encodings to check or time"
+    )
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS, help="numbers of tokens to time")
     parser.add_argument("--tune", action="store_true", help="time every candidate tile too")
     parser.add_argument("--library", action="store_true", help="time torch's grouped product in bf16 too")
@@ -122,16 +124,16 @@ def main() -> int:
         Gpu.overlaps_kernels = property(lambda _: False)  # type: ignore[method-assign, assignment]
     begin = time.monotonic()
     print(f"torch {torch.__version__}, Triton {triton.__version__}", flush=True)
-    result, failed = _checked() if options.check else (_timed(options), False)
+    result, failed = _checked(options.encodings) if options.check else (_timed(options), False)
     print(f"{time.monotonic() - begin:.0f} s")
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))
     return int(failed)
 
 
-def _checked() -> tuple[list[dict[str, object]], bool]:
+def _checked(encodings: Sequence[str]) -> tuple[list[dict[str, object]], bool]:
     rows, failed = [], False
-    for name, value, bound in check(torch.Generator("cuda").manual_seed(0)):
+    for name, value, bound in check(encodings, torch.Generator("cuda").manual_seed(0)):
         wrong = not value <= bound
         failed |= wrong
         print(f"{'FAILED' if wrong else 'ok':6} {name}: {value:.2e} (at most {bound:.2e})", flush=True)
