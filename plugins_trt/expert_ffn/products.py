@@ -10,8 +10,8 @@ Where the GPU can (`OVERLAP`, sm_90 on) a kernel starts while the one before it 
 first programs need, waits for the other's results, and lets the next one start as soon as all its own programs have.
 
 A block's rows are a power of two and, where `TAIL_ROWS` is not zero, a smaller one, with which the program multiplies
-the same weights: what limits many tokens is how often weights leave the L2 cache (6.3 TB/s on an H200), so an expert of
-150 tokens is better off with one block of 160 rows than with two of 128.
+the same weights. What limits many tokens is what leaves the L2 cache: an H200 took 1.18 ms for the 7.5 GB that blocks
+of 128 rows read for the first product of 8192 tokens. An expert of 150 tokens reads its weights once in a block of 160.
 
 Padding rows of a block are not read, and nothing stores them. Columns of a product never mix, so a token's result does
 not depend on what else is in its block.
