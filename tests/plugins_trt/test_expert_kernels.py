@@ -45,9 +45,9 @@ CASES = [
     Experts("every expert takes every token: a sum that forgets one", top_k=5),
     Experts("sizes of one, which Triton makes constants", 1, 32, 32, 1, 1),
     Experts("no token: an empty grid", tokens=0),
+    Experts("more blocks than evenly spread tokens need: a program that stops at its first one", 96, 32, 32, 3, 1),
     Experts("one column, so that little rounding hides a gelu of another kind", 9, 1, 8),
     Experts("several turns of the loop and several tiles", 5, 160, 96, 3),
-    Experts("more blocks than evenly spread tokens need: a program that stops at its first one", 96, 32, 32, 3, 1),
     Experts("even sizes, which two codes in a word need, that fill no tile", 11, 38, 22, 3),
 ]
 EVEN = CASES[-1]
