@@ -37,6 +37,11 @@ def gpu_of(device: torch.device) -> Gpu:
     return _gpu(device.index or 0) if device.type == "cuda" else Gpu(capability=80, multiprocessors=108)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device converts and multiplies 8-bit floats itself: of GPUs those from compute capability 8.9 on."""
+    return device.type != "cuda" or gpu_of(device).capability >= 89
+
+
 @cache
 def _gpu(index: int) -> Gpu:
     properties = torch.cuda.get_device_properties(index)

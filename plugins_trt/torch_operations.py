@@ -75,6 +75,22 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def _product_of_codes(codes: Tensor, code_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=dtype)
+
+
+def _expert_parts(x: Tensor, expert_ids: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*expert_ids.shape, x.shape[1]))
+
+
+def _expert_parts_of_codes(codes: Tensor, code_scale: Tensor, expert_ids: Tensor, *others: Any) -> Tensor:
+    return codes.new_empty((*expert_ids.shape, codes.shape[1]), dtype=others[-1])
+
+
+def _routed(x: Tensor, weight: Tensor, per_expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    return _chosen_experts(x, per_expert_scale, top_k)
+
+
 _EXPERTS = "Tensor x, Tensor expert_ids, Tensor expert_weights"
 _SCALED = "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale"
 _REGISTRATIONS = (
@@ -107,6 +123,28 @@ _REGISTRATIONS = (
     ),
     _Registration("quantized_linear", "linear_fp8(Tensor x, Tensor weight, Tensor scale) -> Tensor", _product),
 )
+"""What a model is written against."""
+_PIECES = (
+    _Registration(
+        "expert_routing",
+        "project_and_route(Tensor x, Tensor weight, Tensor per_expert_scale, int top_k) -> (Tensor, Tensor)",
+        _routed,
+    ),
+    _Registration("expert_ffn", f"expert_parts({_EXPERTS}, Tensor gate_up, Tensor down) -> Tensor", _expert_parts),
+    _Registration("expert_ffn", f"expert_parts_int4({_EXPERTS}, {_SCALED}) -> Tensor", _expert_parts),
+    _Registration(
+        "expert_ffn",
+        "expert_parts_fp8(Tensor codes, Tensor code_scale, Tensor expert_ids, Tensor expert_weights, "
+        f"{_SCALED}, ScalarType dtype) -> Tensor",
+        _expert_parts_of_codes,
+    ),
+    _Registration(
+        "quantized_linear",
+        "product_fp8(Tensor codes, Tensor code_scale, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor",
+        _product_of_codes,
+    ),
+)
+"""What an engine calls in their place, where the rest of an operation is fused with its neighbours."""
 
 _BY_NAME = {registration.name: registration for registration in _REGISTRATIONS}
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
@@ -124,6 +162,9 @@ def _register(registration: _Registration) -> Callable[..., Any]:
 
 REGISTERED = Operations(**{name: _register(registration) for name, registration in _BY_NAME.items()})
 """What a model is written against to be exported as a program."""
+
+for _piece in _PIECES:
+    _register(_piece)
 
 
 def reference(name: str) -> Callable[..., Any]:

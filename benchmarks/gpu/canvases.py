@@ -99,8 +99,13 @@ class _Routing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.dgemma.expert_routing.default:
-            self.counts.append(result[0].flatten().bincount(minlength=args[0].shape[1]).cpu())
+            self._count(result[0], args[0].shape[1])
+        elif function is torch.ops.dgemma.project_and_route.default:
+            self._count(result[0], args[1].shape[0])
         return result
+
+    def _count(self, expert_ids: Tensor, experts: int) -> None:
+        self.counts.append(expert_ids.flatten().bincount(minlength=experts).cpu())
 
 
 @dataclass(frozen=True)

@@ -57,18 +57,24 @@ class Bench:
             positions=max(longest, batched),
             encode_chunk=max(arguments.chunks),
             compiler=None if arguments.eager else "inductor",
+            compiler_options=arguments.inductor,
             graphs=not arguments.no_graphs,
             beside=not arguments.no_beside,
-            rewrites=Rewrites(merge_products=not arguments.no_merge),
+            rewrites=Rewrites(merge_products=not arguments.no_merge, take_apart=not arguments.no_apart),
         )
         device, file = torch.device("cuda"), arguments.program
+        before = torch.cuda.memory_allocated()
         model = self._timed("export", lambda: released_model(self.config, self.precision, device, file))
         self.engine = self._timed("allocate and fill", lambda: TimedEngine(model, options))
         for tensor in (*self.engine.keys, *self.engine.values):
             tensor.normal_()
         self.pool_bytes = sum(tensor.nbytes for tensor in (*self.engine.keys, *self.engine.values, self.engine.states))
-        self.weight_bytes = torch.cuda.memory_allocated() - self.pool_bytes
+        self.weight_bytes = torch.cuda.memory_allocated() - before - self.pool_bytes
         _say(f"weights {self.weight_bytes / 1e9:.2f} GB, pool {self.pool_bytes / 1e9:.2f} GB")
+        # Peaks are counted from here on: what made random weights, or ran before, is not the engine's.
+        self.other_bytes = before
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def step(self) -> None:
         """One canvas at `--prefix`, and how the router spread its tokens."""
@@ -150,22 +156,40 @@ class Bench:
             ((each.device_time_total / 4e3, each.count / 4, each.key) for each in profiler.key_averages()), reverse=True
         )
         total = sum(milliseconds for milliseconds, _, _ in table)
-        _say(f"kernels sum to {total:.3f} ms a step, {sum(count for _, count, _ in table):.0f} launches")
+        launches = sum(count for _, count, _ in table)
+        layers = len(self.config.layers)
+        _say(f"kernels sum to {total:.3f} ms a step, {launches:.0f} launches, {launches / layers:.1f} a layer")
         for milliseconds, count, name in table[:30]:
             _say(f"  {milliseconds:8.4f} ms {milliseconds / total:6.1%} {count:6.0f}x  {name[:110]}")
         self.results["profile"] = [{"ms": ms, "count": count, "kernel": name} for ms, count, name in table]
 
     def variants(self) -> None:
-        """One canvas with one stream in place of two, over the same weights."""
+        """One canvas compiled with other settings, over the same weights."""
         options = self.engine.options
-        for name, other in (("one stream", replace(options, beside=False)), ("as before", options)):
+        settings = {
+            "one stream": replace(options, beside=False),
+            "overlapping kernels": _inductor(options, {"triton.enable_pdl": True}),
+            "rows held in registers": _inductor(options, {"triton.multi_kernel": 2}),
+            "both": _inductor(options, {"triton.enable_pdl": True, "triton.multi_kernel": 2}),
+            "as before": options,
+        }
+        for name, other in settings.items():
             self.engine.recompile(other)
             _say(f"variant: {name}")
             self._steps(1, self.arguments.prefix)
 
     def memory(self) -> None:
-        """Peaks since the start."""
-        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        """Peaks since the engine was built, of what else was measured and of one user: a prompt of `--prefix` tokens
+        and steps behind it. With `--pieces memory` of that user alone."""
+        [canvas] = canvases(self.engine, 1, 0, 4, room=self.arguments.prefix + 512)
+        token_ids = np.random.default_rng(0).integers(0, self.config.vocab_size, self.arguments.prefix)
+        encode(self.engine, canvas, token_ids, 0, self.arguments.chunks[0])
+        canvas.start = len(token_ids)
+        for _ in range(3):
+            denoise(self.engine, [canvas])
+        allocated, reserved = (
+            count - self.other_bytes for count in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        )
         over = reserved - self.weight_bytes - self.pool_bytes
         _say(
             f"peak memory {allocated / 1e9:.2f} GB allocated, {reserved / 1e9:.2f} GB reserved: "
@@ -246,13 +270,27 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--eager", action="store_true", help="do not compile")
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-merge", action="store_true", help="leave q, k, v and gate, up apart")
+    parser.add_argument("--no-apart", action="store_true", help="leave operations whole")
     parser.add_argument("--no-beside", action="store_true", help="one stream")
+    parser.add_argument(
+        "--inductor", type=_settings, default={}, help="the compiler's settings, as triton.enable_pdl=1,..."
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser.parse_args()
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
+
+
+def _settings(text: str) -> dict[str, str | int | bool]:
+    """`name=number,...`; numbers of switches are 0 and 1."""
+    pairs = (pair.partition("=") for pair in text.split(","))
+    return {name: int(value) if name.endswith("multi_kernel") else bool(int(value)) for name, _, value in pairs}
+
+
+def _inductor(options: Options, settings: dict[str, str | int | bool]) -> Options:
+    return replace(options, compiler_options={**options.compiler_options, **settings})
 
 
 def main() -> None:
@@ -263,9 +301,11 @@ def main() -> None:
         released_model(released_config(arguments.layers), precision, torch.device("cpu"), arguments.program)
         return
     if arguments.check:
-        compiler = None if arguments.eager else "inductor"
+        options = Options.serving("cuda", canvas_slots=2)
+        if arguments.eager:
+            options = replace(options, compiler=None)
         precision = Precision(PRECISIONS[arguments.precision])
-        passed = check(released_config(arguments.layers), precision, torch.device("cuda"), compiler)
+        passed = check(released_config(arguments.layers), precision, _inductor(options, arguments.inductor))
         raise SystemExit(0 if passed else 1)
     bench = Bench(arguments)
     if arguments.reference:

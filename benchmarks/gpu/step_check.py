@@ -38,13 +38,12 @@ class Results:
     soft_embedding: Tensor
 
 
-def check(config: ModelConfig, precision: Precision, device: torch.device, compiler: str | None) -> bool:
-    """Print how far everything is from float32, and say whether the kernels are as near as the references."""
-    fast = replace(Options.serving(str(device), canvas_slots=2), positions=8192, encode_chunk=512)
-    plain = replace(Options(str(device)), canvas_slots=2, positions=8192, encode_chunk=512, batch=2)
+def check(config: ModelConfig, precision: Precision, options: Options) -> bool:
+    """Print how far everything is from float32, and say whether an engine is as near as the references."""
+    device = torch.device(options.device)
+    fast = replace(options, positions=8192, encode_chunk=512)
+    plain = replace(Options(options.device), canvas_slots=2, positions=8192, encode_chunk=512, batch=2)
     plain = replace(plain, rewrites=Rewrites(merge_products=False, reference=True))
-    if device.type == "cuda":
-        fast = replace(fast, compiler=compiler)
     model = _timed("export", lambda: released_model(config, precision, device))
     results = {"reference": _timed("references", lambda: _run(model, plain))}
     results["engine"] = _timed("compile, capture and run", lambda: _run(model, fast))

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from plugins_trt.gpu import Gpu, gpu_of
+from plugins_trt.gpu import Gpu, gpu_of, has_fp8
 
 LARGEST = tl.constexpr(448.0)
 _SMALLEST_ABSMAX = tl.constexpr(2.0**-100)
@@ -63,15 +63,33 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bo
     """
     if dynamic_activations is None:
         dynamic_activations = has_fp8(x.device)
+    if dynamic_activations:
+        codes, row_scale = quantize_rows(x.reshape(-1, x.shape[-1]))
+        return product_fp8(codes.view(x.shape), row_scale, weight, scale, x.dtype)
+    return _multiplied(x, None, weight, scale, x.dtype)
+
+
+def product_fp8(codes: Tensor, code_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(codes * code_scale[..., None]) @ (weight * scale[:, None]).T`: `linear_fp8` of rows that are quantised.
+
+    Args:
+        codes: float8_e4m3fn `[..., K]`.
+        code_scale: of each row, float32, contiguous, as many as there are rows.
+        weight: float8_e4m3fn `[N, K]`, contiguous.
+        scale: of each output channel, float32 `[N]`.
+        dtype: of the result.
+
+    Returns:
+        `[..., N]`.
+    """
+    return _multiplied(codes, code_scale.view(-1), weight, scale, dtype)
+
+
+def _multiplied(x: Tensor, row_scale: Tensor | None, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     channels, depth = weight.shape
     rows = x.reshape(-1, depth)
-    tile = choose_tile(rows.shape[0], channels, depth, dynamic_activations, gpu_of(x.device))
-    if dynamic_activations:
-        codes, row_scale = quantize_rows(rows)
-        product = multiply(codes, row_scale, weight, scale, x.dtype, tile)
-    else:
-        product = multiply(rows, None, weight, scale, x.dtype, tile)
-    return product.view(*x.shape[:-1], channels)
+    tile = choose_tile(rows.shape[0], channels, depth, row_scale is not None, gpu_of(x.device))
+    return multiply(rows, row_scale, weight, scale, dtype, tile).view(*x.shape[:-1], channels)
 
 
 def choose_tile(rows: int, channels: int, depth: int, dynamic_activations: bool, gpu: Gpu) -> Tile:
@@ -154,11 +172,6 @@ def multiply(
         parts = (triton.cdiv(out.numel(), _ADDED),)
         _add_up[parts](partial, out, out.numel(), tile.splits, _ADDED, overlap, launch_pdl=overlap)
     return out
-
-
-def has_fp8(device: torch.device) -> bool:
-    """Whether the device converts and multiplies 8-bit floats itself: from compute capability 8.9 on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 _ADDED = 1024

@@ -25,11 +25,24 @@ def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bo
         `[..., N]` in the dtype of `x`.
     """
     if dynamic_activations:
-        codes, row_scale = quantize_rows(x)
-        product = codes.float() @ weight.float().T * row_scale.unsqueeze(-1)
-    else:
-        product = x.float() @ weight.float().T
-    return (product * scale).to(x.dtype)
+        return product_fp8(*quantize_rows(x), weight, scale, x.dtype)
+    return (x.float() @ weight.float().T * scale).to(x.dtype)
+
+
+def product_fp8(codes: Tensor, code_scale: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(codes * code_scale[..., None]) @ (weight * scale[:, None]).T`, summed in float32, scaled, rounded once.
+
+    Args:
+        codes: float8_e4m3fn `[..., K]`.
+        code_scale: of each row, float32 `[...]`.
+        weight: float8_e4m3fn `[N, K]`.
+        scale: of each output channel, float32 `[N]`.
+        dtype: of the result.
+
+    Returns:
+        `[..., N]`.
+    """
+    return (codes.float() @ weight.float().T * code_scale.unsqueeze(-1) * scale).to(dtype)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +56,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         scale: `absmax / 448`, float32 `[...]`.
     """
     wide = x.float()
-    scale = wide.abs().amax(-1).clamp(min=_SMALLEST_ABSMAX) / LARGEST
-    codes = (wide * scale.reciprocal().unsqueeze(-1)).clamp(-LARGEST, LARGEST)
+    # Divided in float64 and rounded, which is the float32 quotient (Figueroa 1995, "When is double rounding
+    # innocuous?"): compiled for a GPU, float32 division is off by up to two units in the last place, and codes of
+    # numbers half-way between two would depend on who computes them.
+    largest = wide.abs().amax(-1).clamp(min=_SMALLEST_ABSMAX).double()
+    scale = (largest / LARGEST).float()
+    inverse = (1.0 / scale.double()).float()
+    codes = (wide * inverse.unsqueeze(-1)).clamp(-LARGEST, LARGEST)
     return codes.to(torch.float8_e4m3fn), scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +34,8 @@ class Options:
     """Most rows of one denoise call; the calls' numbers of rows are rounded up to powers of two."""
     compiler: str | None = None
     """Backend of `torch.compile`; None runs the graph node by node."""
+    compiler_options: Mapping[str, str | int | bool] = field(default_factory=dict)
+    """The backend's own settings, for instance Inductor's `triton.enable_pdl`."""
     graphs: bool = False
     """Capture CUDA graphs."""
     beside: bool = False
@@ -47,7 +50,7 @@ class Options:
         if torch.device(device).type == "cpu":
             return plain
         longer = replace(plain, encode_chunk=4096, encode_bucket=256, batch=16)
-        return replace(longer, compiler="inductor", graphs=True, beside=True)
+        return replace(longer, compiler="inductor", graphs=True, beside=True, rewrites=Rewrites(take_apart=True))
 
     def geometry(self, facts: ModelFacts) -> PoolGeometry:
         """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""

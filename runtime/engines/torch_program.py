@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from plugins_trt import torch_operations
 from runtime.bundle import ProgramRecord
+from runtime.engines.torch_pieces import take_apart
 
 Fill = Callable[[str, Tensor], None]
 """Writes the tensor of that name into a contiguous tensor of its shape and dtype."""
@@ -31,6 +32,8 @@ class Rewrites:
 
     merge_products: bool = True
     """Multiply with q, k and v, and with gate and up, at once."""
+    take_apart: bool = False
+    """Leave to the compiler what it can fuse of an operation with its neighbours; without one it only costs time."""
     reference: bool = False
     """Run the operations' references on any device: slow, for comparing."""
 
@@ -70,6 +73,8 @@ def bind(
     if rewrites.merge_products:
         graph.merge(_LINEAR)
         graph.merge(_QUANTIZED_LINEAR)
+    if rewrites.take_apart:
+        take_apart(graph.graph, device)
     constants = {name: torch.tensor(values, device=device) for name, values in record.constants.items()}
     root = nn.Module()
     for parameter in graph.parameters():

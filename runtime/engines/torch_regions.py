@@ -19,10 +19,18 @@ from torch import Tensor, fx, nn
 
 Compile = Callable[[nn.Module], nn.Module]
 
-_PRODUCTS = (torch.ops.aten.linear.default, torch.ops.dgemma.linear_fp8.default)
+_PRODUCTS: dict[object, int] = {
+    torch.ops.aten.linear.default: 1,
+    torch.ops.dgemma.linear_fp8.default: 1,
+    torch.ops.dgemma.product_fp8.default: 2,
+    torch.ops.dgemma.project_and_route.default: 1,
+}
+"""Which argument of each is its weight."""
 _READOUT = torch.ops.dgemma.canvas_readout.default
 _EXPERTS = tuple(
-    getattr(torch.ops.dgemma, name).default for name in ("expert_ffn", "expert_ffn_fp8", "expert_ffn_int4")
+    getattr(torch.ops.dgemma, f"expert_{kind}{encoding}").default
+    for kind in ("ffn", "parts")
+    for encoding in ("", "_fp8", "_int4")
 )
 _LAYER = re.compile(r"_layers_(\d+)_")
 
@@ -185,7 +193,8 @@ def _parts(span: Sequence[fx.Node]) -> tuple[list[fx.Node], list[fx.Node], list[
 
 def _weight_of(node: fx.Node) -> str:
     """Name of a product's weight, empty where the node is none."""
-    return str(node.args[1].target) if node.target in _PRODUCTS else ""  # type: ignore[union-attr]
+    place = _PRODUCTS.get(node.target)
+    return "" if place is None else str(node.args[place].target)  # type: ignore[union-attr]
 
 
 def _between(marked: Iterable[fx.Node], span: Sequence[fx.Node]) -> set[fx.Node]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from plugins_trt.expert_routing.reference import expert_routing
+from plugins_trt.gpu import Gpu
 from tests.plugins_trt.triton_support import SHARED_MEMORY, Interpreter, compile_launch, launches_of
 
 kernel = pytest.importorskip("plugins_trt.expert_routing.kernel", reason="Triton is not installed")
@@ -57,6 +58,54 @@ INF = float("inf")
 def test_routing_breaks_ties_by_id(interpreter: Interpreter, logits: list[float], chosen: list[int]) -> None:
     ids, _ = interpreter(kernel.expert_routing, torch.tensor([logits]), torch.ones(4), 3)
     assert ids.tolist() == [chosen]
+
+
+def test_routing_of_products(interpreter: Interpreter) -> None:
+    """Catches columns lost or counted twice, experts and tokens mixed up, blocks whose last tokens are not there, and
+    parts summed in other units than they are rounded in."""
+    for dtype, tokens, experts, size, top_k in (
+        (torch.float32, 1, 5, 40, 2),
+        (torch.float32, 37, 16, 512, 4),
+        (torch.float16, 33, 21, 600, 3),
+    ):
+        random = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, size, generator=random).to(dtype)
+        weight = (torch.randn(experts, size, generator=random) / size**0.5).to(dtype)
+        scale = (1 + torch.rand(experts, generator=random)).to(dtype)
+        ids, weights = interpreter(kernel.project_and_route, x, weight, scale, top_k)
+        logits, magnitude = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+        # Sums of `size` products in float32 (Higham 2002, section 4.2), rounded once to `dtype` where there are
+        # several of them.
+        off = size * 2.0**-24 * magnitude + torch.finfo(dtype).eps / 2 * logits.abs()
+        margin = 2 * off.amax(1)
+        order = torch.sort(logits, dim=1, descending=True).indices[:, : min(top_k + 1, experts)]
+        gaps = -torch.diff(logits.gather(1, order), dim=1).amin(1)
+        apart = gaps.abs() > margin
+        assert apart.float().mean() > 0.5, "the case shows nothing"
+        assert torch.equal(ids[apart], order[apart, :top_k])
+        chosen = logits.gather(1, ids)
+        oracle = torch.softmax(chosen, 1) * scale.double()[ids]
+        # A share's relative error is at most that of its own exponential and of the sum's terms together.
+        bound = 2 * margin[:, None] + (24 + 2 * top_k + 4) * 2.0**-24 + torch.finfo(dtype).eps / 2
+        assert ((weights.double() - oracle).abs() <= bound * oracle + torch.finfo(dtype).smallest_normal).all()
+
+
+def test_a_token_is_routed_alike_among_others(interpreter: Interpreter) -> None:
+    """Catches sums whose order depends on how many tokens there are."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(70, 512, generator=random), torch.randn(8, 512, generator=random)
+    alone, among = (interpreter(kernel.project_and_route, rows, weight, torch.ones(8), 3) for rows in (x[40:41], x))
+    assert torch.equal(alone[0][0], among[0][40])
+    assert torch.equal(alone[1][0], among[1][40])
+
+
+def test_many_tokens_are_left_to_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a product of our own where a library's is faster, and one kernel too many."""
+    weight = torch.empty(128, 2816, device="meta")
+    for tokens, kernels in ((kernel.MOST_TOKENS, ["project", "route"]), (kernel.MOST_TOKENS + 1, ["route"])):
+        x = torch.empty(tokens, 2816, device="meta")
+        launches = launches_of(kernel.project_and_route, x, weight, weight[:, 0], 8)
+        assert [launch.kernel.__name__ for launch in launches] == kernels
 
 
 def plan_of(ids: Tensor, experts: int, block_rows: int) -> list[tuple[int, list[int]]]:
@@ -115,8 +164,12 @@ def test_bound_is_attained() -> None:
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_compiles(capability: int) -> None:
+def test_compiles(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches what the interpreter allows and a target does not, and a host that reads a device's value."""
+    monkeypatch.setattr(kernel, "gpu_of", lambda device: Gpu(capability, multiprocessors=132))
+    x = torch.empty(256, 2816, dtype=torch.bfloat16, device="meta")
+    for launch in launches_of(kernel.project_and_route, x, x[:128], x[0, :128], RELEASED["top_k"]):
+        assert compile_launch(launch, capability).asm["cubin"]
     logits = torch.empty(256, RELEASED["experts"], dtype=torch.bfloat16, device="meta")
     (launch,) = launches_of(kernel.expert_routing, logits, logits[0], RELEASED["top_k"])
     assert compile_launch(launch, capability).asm["cubin"]

@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from plugins_trt.expert_ffn import reference as reference_experts
+from plugins_trt.quantized_linear import reference as reference_linear
+from plugins_trt.torch_operations import REGISTERED
 from runtime.bundle import MANIFEST, STEP_PROGRAM, WEIGHTS, Bundle, FileRecord, Manifest, TensorRecord, sha256
 from runtime.engines import torch_weights
 from runtime.engines.protocol import DenoiseRow, EncodeRow, EngineOutOfMemory, Prefix, Readout
 from runtime.engines.torch import Model, TorchEngine, read_program
 from runtime.engines.torch_options import Options
+from runtime.engines.torch_pieces import take_apart
 from runtime.engines.torch_program import Rewrites, Steps, bind
 from runtime.engines.torch_regions import compile_regions
 from runtime.engines.torch_weights import WeightsFile
@@ -123,6 +127,11 @@ def plain(tiny_bundle: Bundle) -> list[Readout]:
             replace(PLAIN, rewrites=Rewrites(merge_products=False, reference=True)), True, id="references by name"
         ),
         pytest.param(
+            replace(PLAIN, rewrites=Rewrites(merge_products=False, take_apart=True)),
+            False,
+            id="operations taken apart: parts summed over the wrong axis, another operand routed",
+        ),
+        pytest.param(
             replace(PLAIN, batch=4), False, id="three rows in a call of four: rows mixed up, filling rows seen"
         ),
         pytest.param(replace(PLAIN, batch=2), False, id="three rows in calls of two and one"),
@@ -134,6 +143,41 @@ def test_rewrites_change_nothing(tiny_bundle: Bundle, plain: list[Readout], opti
     with engine(tiny_bundle, options) as made:
         got = two_steps(made, 3)
     (assert_same if bits else assert_near)(got, plain)
+
+
+class Quantised(nn.Module):
+    """A product and experts of 8-bit weights, which quantise their operand for themselves."""
+
+    def forward(self, x: Tensor, weight: Tensor, scale: Tensor, ids: Tensor, *experts: Tensor) -> tuple[Tensor, Tensor]:
+        return REGISTERED.linear_fp8(x, weight, scale), REGISTERED.expert_ffn_fp8(x, ids, *experts)
+
+
+def test_quantising_is_taken_out_of_the_operations() -> None:
+    """Catches codes or scales of other rows, a result in another dtype, and parts summed in less than float32."""
+    random = torch.Generator().manual_seed(0)
+
+    def codes(*shape: int) -> Tensor:
+        return (50 * torch.randn(shape, generator=random)).to(torch.float8_e4m3fn)
+
+    x = torch.randn(7, 64, generator=random).bfloat16()
+    ids = torch.rand(7, 4, generator=random).topk(2).indices
+    linear = codes(48, 64), torch.rand(48, generator=random)
+    experts = (
+        codes(4, 64, 64),
+        torch.rand(4, 64, generator=random),
+        codes(4, 64, 32),
+        torch.rand(4, 64, generator=random),
+    )
+    arguments = x, *linear, ids, torch.rand(7, 2, generator=random).bfloat16(), *experts
+    graph = torch.export.export(Quantised(), arguments, strict=False).graph_module
+    take_apart(graph.graph, torch.device("cpu"))
+    graph.recompile()
+    assert "linear_fp8" not in graph.code
+    assert "expert_ffn_fp8" not in graph.code
+    product, mixture = graph(*arguments)
+    assert torch.equal(product, reference_linear.linear_fp8(x, *linear))
+    parts = reference_experts.expert_parts_fp8(*reference_linear.quantize_rows(x), *arguments[3:], x.dtype)
+    assert torch.equal(mixture, parts.double().sum(1).bfloat16())
 
 
 class Noted(nn.Module):
@@ -158,8 +202,8 @@ class FakeStream:
         self._log.append(f"{self.name} waits for {other.name}")
 
 
-@pytest.fixture(scope="module")
-def steps(tiny_bundle: Bundle) -> Steps:
+@pytest.fixture(scope="module", params=[False, True], ids=["whole operations", "taken apart"])
+def steps(tiny_bundle: Bundle, request: pytest.FixtureRequest) -> Steps:
     """Both steps as they are before they are cut into regions."""
     facts, manifest, random = tiny_bundle.manifest.model, tiny_bundle.manifest, torch.Generator().manual_seed(0)
     inputs = {
@@ -171,7 +215,9 @@ def steps(tiny_bundle: Bundle) -> Steps:
     assert manifest.program is not None
     with WeightsFile(tiny_bundle.path(WEIGHTS), manifest.tensors, torch.device("cpu")) as weights:
         made = program(tiny_bundle.directory)
-        return bind(made, manifest.program, inputs, weights.fill, torch.device("cpu"), Rewrites())
+        return bind(
+            made, manifest.program, inputs, weights.fill, torch.device("cpu"), Rewrites(take_apart=request.param)
+        )
 
 
 def arguments(step: fx.GraphModule, hidden_size: int) -> list[Tensor]:
@@ -201,7 +247,7 @@ def test_the_dense_products_run_beside_the_experts(
 
     def noted(module: nn.Module) -> nn.Module:
         compiled.append(module)
-        has_experts = any("expert_ffn" in str(node.target) for node in module.graph.nodes)  # type: ignore[union-attr]
+        has_experts = any("dgemma.expert_" in str(node.target) for node in module.graph.nodes)  # type: ignore[union-attr]
         return Noted(module, log, "experts" if has_experts else "region")
 
     step = getattr(steps, kind)
@@ -214,7 +260,7 @@ def test_the_dense_products_run_beside_the_experts(
     layers = len(tiny_bundle.manifest.model.layers) - (kind == "encode")
     order = [entry for entry in log if entry != "region"]
     assert order == ["second waits for main", "experts", "main waits for second"] * layers
-    assert sum("expert_ffn" in module.code for module in compiled) == 1  # type: ignore[operator]
+    assert sum("dgemma.expert_" in module.code for module in compiled) == 1  # type: ignore[operator]
 
 
 def test_an_engine_needs_no_model_definition(tiny_bundle: Bundle) -> None:
