@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -28,14 +27,14 @@ from runtime.engines.protocol import (
     EncodeRow,
     EngineOutOfMemory,
     PoolGeometry,
-    Prefix,
     Readout,
 )
-from runtime.engines.torch_calls import Buffer, Call, read
+from runtime.engines.torch_calls import Buffer, Call
 from runtime.engines.torch_inputs import denoise_inputs, encode_inputs
 from runtime.engines.torch_options import Options
 from runtime.engines.torch_program import Fill, Steps, bind
 from runtime.engines.torch_regions import compile_regions
+from runtime.engines.torch_tables import PageTables, full_pages, slots_of
 from runtime.engines.torch_weights import WeightsFile
 from runtime.errors import BundleError
 
@@ -91,7 +90,7 @@ class TorchEngine:
         self.stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         """Everything is launched on it."""
         self._graph_pool = torch.cuda.graph_pool_handle() if self._cuda and options.graphs else None
-        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._calls: dict[tuple[Any, ...], tuple[Call, PageTables]] = {}
         try:
             with self._on_device(), torch.no_grad():
                 self._allocate(model)
@@ -185,61 +184,51 @@ class TorchEngine:
         length = len(row.token_ids)
         bucket = self.options.encode_bucket
         padded = length if bucket is None else bucket << (-(-length // bucket) - 1).bit_length()
-        tables = self._tables(row.prefix, row.start)
-        call = self._encode_call(padded, self._full_bucket(len(tables["full_table"])))
-        _write_row(call.inputs.host, 0, tables)
-        host = call.inputs.host
-        host["start"][0] = row.start
+        call, tables = self._encode_call(padded, self._full_bucket(row.start))
+        tables.write(0, row.prefix, row.start)
+        host, size = call.inputs.host, self.pool.page_size
         host["token_ids"][0, :length], host["token_ids"][0, length:] = row.token_ids, 0
-        host["sliding_slots"][:length] = self._slots_of(
-            row.prefix.sliding_pages, row.start - row.prefix.sliding_base, length
-        )
-        host["full_slots"][:length] = self._slots_of(row.prefix.full_pages, row.start, length)
-        host["sliding_slots"][length:] = self.pool.sliding_pages * self.pool.page_size
-        host["full_slots"][length:] = self.pool.full_pages * self.pool.page_size
+        sliding_start = row.start - row.prefix.sliding_base
+        host["sliding_slots"][:length] = slots_of(row.prefix.sliding_pages, sliding_start, length, size)
+        host["full_slots"][:length] = slots_of(row.prefix.full_pages, row.start, length, size)
+        host["sliding_slots"][length:] = self.pool.sliding_pages * size
+        host["full_slots"][length:] = self.pool.full_pages * size
         self.run_call(call)
 
     def _denoise(self, rows: Sequence[DenoiseRow]) -> list[Readout]:
-        tables = [self._tables(row.prefix, row.start) for row in rows]
-        batch = 1 << (len(rows) - 1).bit_length()
-        call = self._denoise_call(batch, self._full_bucket(max(len(table["full_table"]) for table in tables)))
+        count = len(rows)
+        call, tables = self._denoise_call(
+            1 << (count - 1).bit_length(), self._full_bucket(max(row.start for row in rows))
+        )
         host = call.inputs.host
-        for index in range(batch):
+        for name, values in (
+            ("token_ids", [row.canvas for row in rows]),
+            ("uniform", [row.uniform for row in rows]),
+            ("temperature", [row.temperature for row in rows]),
+            ("first_step", [row.first_step for row in rows]),
+            ("guard", [row.guard_first for row in rows]),
+            ("slots", [row.slot for row in rows]),
+        ):
+            host[name][:count] = values
             # Rows that only fill up the call repeat the last one, with the spare slot.
-            row, table = rows[min(index, len(rows) - 1)], tables[min(index, len(rows) - 1)]
-            _write_row(host, index, table)
-            host["token_ids"][index], host["uniform"][index] = row.canvas, row.uniform
-            host["start"][index], host["temperature"][index] = row.start, row.temperature
-            host["first_step"][index], host["guard"][index] = row.first_step, row.guard_first
-            host["slots"][index] = row.slot if index < len(rows) else self.pool.canvas_slots
+            host[name][count:] = host[name][count - 1] if name != "slots" else self.pool.canvas_slots
+        for index in range(len(host["start"])):
+            row = rows[min(index, count - 1)]
+            tables.write(index, row.prefix, row.start)
         self.run_call(call)
-        outputs = [read(call.outputs.host, index) for index in range(len(rows))]
-        return [Readout(each["argmax_ids"], each["candidate_ids"], each["entropy"]) for each in outputs]
+        # Copied out of the buffer that the next call writes.
+        outputs = (array[:count].copy() for array in call.outputs.host.values())
+        return [Readout(*each) for each in zip(*outputs, strict=True)]
 
-    def _tables(self, prefix: Prefix, start: int) -> dict[str, Any]:
-        """The pages that hold positions before `start` that the row can see, and where the first of them begins."""
-        size = self.pool.page_size
-        oldest = max(0, start - (self.facts.sliding_window - 1))
-        first = (oldest - prefix.sliding_base) // size if start else 0
-        last = -(-(start - prefix.sliding_base) // size)
-        return {
-            "sliding_table": prefix.sliding_pages[first:last],
-            "sliding_base": prefix.sliding_base + first * size,
-            "full_table": prefix.full_pages[: -(-start // size)],
-        }
-
-    def _full_bucket(self, pages: int) -> int:
+    def _full_bucket(self, start: int) -> int:
+        """Pages of the tables of a call whose rows begin no later than `start`."""
+        pages = full_pages(start, self.pool.page_size)
         return max(FULL_PAGES_LEAST, 1 << max(0, pages - 1).bit_length())
 
-    def _slots_of(self, pages: Sequence[int], first: int, count: int) -> Any:
-        """Slots in the pool of `count` tokens from the `first` of these pages on."""
-        page, slot = np.divmod(np.arange(first, first + count), self.pool.page_size)
-        return np.asarray(pages, np.int64)[page] * self.pool.page_size + slot
-
-    def _encode_call(self, length: int, full_pages: int) -> Call:
-        key = ("encode", length, full_pages)
+    def _encode_call(self, length: int, table_length: int) -> tuple[Call, PageTables]:
+        key = ("encode", length, table_length)
         if key not in self._calls:
-            fields = self._row_fields(1, length, full_pages)
+            fields = self._row_fields(1, length, table_length)
             fields |= {f"{kind}_slots": ((length,), torch.int64) for kind in ("sliding", "full")}
             buffer = Buffer(fields, self._device)
             canvas = length == self.facts.canvas_length
@@ -247,11 +236,11 @@ class TorchEngine:
             for name, pages in (("sliding_slots", self.pool.sliding_pages), ("full_slots", self.pool.full_pages)):
                 buffer.host[name][...] = pages * self.pool.page_size
             outputs = Buffer({}, self._device)
-            self._calls[key] = self._warm(buffer, outputs, self._run_encode, self._graph_pool)
+            self._calls[key] = self._warm(buffer, outputs, self._run_encode)
         return self._calls[key]
 
-    def _denoise_call(self, batch: int, full_pages: int) -> Call:
-        key = ("denoise", batch, full_pages)
+    def _denoise_call(self, batch: int, table_length: int) -> tuple[Call, PageTables]:
+        key = ("denoise", batch, table_length)
         if key not in self._calls:
             shape = (batch, self.facts.canvas_length)
             row: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -261,29 +250,30 @@ class TorchEngine:
                 "first_step": ((batch,), torch.bool),
                 "guard": ((batch,), torch.bool),
             }
-            buffer = Buffer(self._row_fields(*shape, full_pages) | row, self._device)
+            buffer = Buffer(self._row_fields(*shape, table_length) | row, self._device)
             dynamic = dict.fromkeys(buffer.device, 0) if batch > 1 else {}
             _mark_dynamic(buffer.device, dynamic)
             _mark_dynamic(buffer.device, {"full_table": 1})
             buffer.host["slots"][...], buffer.host["temperature"][...] = self.pool.canvas_slots, 1.0
             readout = {"argmax_ids": (shape, torch.int64), "candidate_ids": (shape, torch.int64)}
             outputs = Buffer(readout | {"entropy": (shape, torch.float32)}, self._device)
-            self._calls[key] = self._warm(buffer, outputs, self._run_denoise, self._graph_pool)
+            self._calls[key] = self._warm(buffer, outputs, self._run_denoise)
         return self._calls[key]
 
-    def _warm(self, inputs: Buffer, outputs: Buffer, body: Callable[[Buffer, Buffer], None], graph_pool: Any) -> Call:
+    def _warm(self, inputs: Buffer, outputs: Buffer, body: Callable[[Buffer, Buffer], None]) -> tuple[Call, PageTables]:
+        tables = PageTables(inputs.host, self.facts.sliding_window, self.pool.page_size)
         # Batch sizes and page counts are sizes of their own, also where two happen to be equal when traced.
         with symbolic_shapes.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            return Call(inputs, outputs, lambda: body(inputs, outputs), graph_pool)
+            return Call(inputs, outputs, lambda: body(inputs, outputs), self._graph_pool), tables
 
-    def _row_fields(self, batch: int, length: int, full_pages: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _row_fields(self, batch: int, length: int, table_length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         sliding_pages = (self.facts.sliding_window - 3) // self.pool.page_size + 2
         shapes = {
             "token_ids": (batch, length),
             "start": (batch,),
             "sliding_table": (batch, max(1, sliding_pages)),
             "sliding_base": (batch,),
-            "full_table": (batch, full_pages),
+            "full_table": (batch, table_length),
         }
         return {name: (shape, torch.int64) for name, shape in shapes.items()}
 
@@ -320,14 +310,6 @@ def _memory_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         torch.cuda.empty_cache()
         raise EngineOutOfMemory(str(error)) from error
-
-
-def _write_row(host: Mapping[str, Any], index: int, tables: Mapping[str, Any]) -> None:
-    """Put a row's page tables into the buffer; what is left of a table names page 0, which no token sees there."""
-    for name in ("sliding_table", "full_table"):
-        pages = tables[name]
-        host[name][index, : len(pages)], host[name][index, len(pages) :] = pages, 0
-    host["sliding_base"][index] = tables["sliding_base"]
 
 
 def _mark_dynamic(tensors: Mapping[str, Tensor], axes: Mapping[str, int]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -84,8 +83,3 @@ class Call:
         self.inputs.upload()
         self._body()
         self.outputs.download()
-
-
-def read(outputs: Mapping[str, NDArray[Any]], row: int) -> dict[str, NDArray[Any]]:
-    """One row of each output, copied out of the buffer that the next call writes."""
-    return {name: np.array(array[row]) for name, array in outputs.items()}

@@ -29,6 +29,7 @@ from runtime.engines.torch_options import Options
 from runtime.engines.torch_pieces import take_apart
 from runtime.engines.torch_program import Rewrites, Steps, bind
 from runtime.engines.torch_regions import compile_regions
+from runtime.engines.torch_tables import PageTables
 from runtime.engines.torch_weights import WeightsFile
 from runtime.errors import BundleError
 
@@ -353,3 +354,25 @@ def test_memory_that_runs_out_is_told_apart(tiny_bundle: Bundle, monkeypatch: py
             made.encode(encode[:1])
         with pytest.raises(EngineOutOfMemory, match="out of memory"):
             made.denoise(denoise)
+
+
+def test_tables_show_what_was_written_last() -> None:
+    """Catches a row that keeps another one's pages: exchanged rows, other pages at the same position, one page more."""
+    base = Prefix((3, 4, 5), 0, (7, 8, 9))
+    writes = [(0, base, 9), (1, replace(base, full_pages=(1, 2, 3)), 9), (1, base, 9), (0, base, 12), (1, base, 0)]
+    writes += [(0, replace(base, sliding_base=4), 12), (1, replace(base, sliding_pages=(6, 4, 5)), 9)]
+
+    def fields() -> dict[str, Any]:
+        made = {name: np.full(2, -1) for name in ("start", "sliding_base")}
+        return made | {name: np.full((2, 4), -1) for name in ("sliding_table", "full_table")}
+
+    kept = fields()
+    tables = PageTables(kept, window=7, page_size=4)
+    for index, prefix, start in writes * 2:
+        tables.write(index, prefix, start)
+        fresh = fields()
+        PageTables(fresh, window=7, page_size=4).write(index, prefix, start)
+        for name, field in kept.items():
+            np.testing.assert_array_equal(field[index], fresh[name][index])
+    assert kept["full_table"].tolist() == [[7, 8, 9, 0], [7, 8, 9, 0]]
+    assert kept["sliding_table"].tolist() == [[3, 4, 0, 0], [6, 4, 5, 0]]
