@@ -170,8 +170,8 @@ class Bench:
         settings = {
             "one stream": replace(options, beside=False),
             "overlapping kernels": _inductor(options, {"triton.enable_pdl": True}),
-            "rows held in registers": _inductor(options, {"triton.multi_kernel": 2}),
-            "both": _inductor(options, {"triton.enable_pdl": True, "triton.multi_kernel": 2}),
+            "rows held in registers": _inductor(options, {"triton.multi_kernel": 3}),
+            "both": _inductor(options, {"triton.enable_pdl": True, "triton.multi_kernel": 3}),
             **{f"{size} MB asked for ahead": replace(options, prefetched=size << 20) for size in (24, 48)},
             "as before": options,
         }
