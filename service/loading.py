@@ -96,8 +96,8 @@ def _load_engine(bundle: Bundle, settings: Settings) -> tuple[Engine, str]:
         return OnnxRuntimeEngine.load(bundle, options), "onnxruntime-cpu"
     try:
         # Imported here: a server of the other engine needs no PyTorch.
-        from runtime.engines.torch import TorchEngine
-        from runtime.engines.torch_options import Options as TorchOptions
+        from runtime.engines.torch.engine import TorchEngine
+        from runtime.engines.torch.options import Options as TorchOptions
     except ImportError as error:
         raise BundleError(f"the torch engine needs PyTorch ({error}); install dgemma[torch]") from error
     engine = TorchEngine.load(bundle, TorchOptions.serving(settings.device, settings.max_active))

@@ -26,7 +26,7 @@ ROOMS = {"reference", "kernel", "onnx", "tensorrt"}
 """Files of one operation, which stand side by side and never lean on each other."""
 
 HEAVY = ("torch", "triton", "onnx", "onnxscript", "safetensors", "tensorrt", "transformers")
-ACCELERATED = set((ROOT / "runtime" / "engines").glob("torch*.py"))
+ACCELERATED = set((ROOT / "runtime" / "engines" / "torch").glob("*.py"))
 """Engines that a server imports only when it is told to use them."""
 GRPC = ("grpc", "grpc_health", "grpc_reflection", "grpc_channelz", "grpc_status", "diffusiongemma")
 

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.diffusion import CanvasDiffusion
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Prefix
-from runtime.engines.torch import TorchEngine
-from runtime.engines.torch_calls import Call
-from runtime.engines.torch_options import Options
-from runtime.engines.torch_program import Steps
+from runtime.engines.torch.calls import Call
+from runtime.engines.torch.engine import TorchEngine
+from runtime.engines.torch.options import Options
+from runtime.engines.torch.program import Steps
 from runtime.random import CanvasStream
 from runtime.request import SamplingParameters
 

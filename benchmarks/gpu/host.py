@@ -18,9 +18,9 @@ from benchmarks.gpu.canvases import Canvas, canvases
 from benchmarks.gpu.released_model import released_config, released_model
 from export.config import ModelConfig
 from export.weights import Precision
-from runtime.engines.torch import TorchEngine
-from runtime.engines.torch_calls import Call
-from runtime.engines.torch_options import Options
+from runtime.engines.torch.calls import Call
+from runtime.engines.torch.engine import TorchEngine
+from runtime.engines.torch.options import Options
 
 
 class HostOnly(TorchEngine):

@@ -17,7 +17,7 @@ from export.program import export_program
 from export.weights import Precision
 from plugins_trt.expert_ffn.reference import INT4_MAGNITUDES
 from runtime.bundle import LayerFacts, ModelFacts, ProgramRecord
-from runtime.engines.torch import Model
+from runtime.engines.torch.engine import Model
 
 LAYERS = 30
 END_TOKEN_IDS = (1, 106, 50)

@@ -27,8 +27,8 @@ from benchmarks.gpu.released_model import LAYERS, released_config, released_mode
 from benchmarks.gpu.step_check import check
 from benchmarks.gpu.step_floor import Limits, measure_limits, prefill_floor, step_floor
 from export.weights import Precision
-from runtime.engines.torch_options import Options
-from runtime.engines.torch_program import Rewrites
+from runtime.engines.torch.options import Options
+from runtime.engines.torch.program import Rewrites
 
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int4": "int4"}
 PIECES = ("step", "protocol", "prefill", "memory", "batches", "prefixes", "profile", "variants")

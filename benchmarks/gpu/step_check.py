@@ -15,9 +15,9 @@ from benchmarks.gpu.released_model import released_model, wide_model
 from export.config import ModelConfig
 from export.weights import Precision
 from runtime.engines.protocol import DenoiseRow, Readout
-from runtime.engines.torch import Model
-from runtime.engines.torch_options import Options
-from runtime.engines.torch_program import Rewrites
+from runtime.engines.torch.engine import Model
+from runtime.engines.torch.options import Options
+from runtime.engines.torch.program import Rewrites
 
 PROMPTS = (300, 1400)
 """Tokens before each canvas: within the window, and past it."""

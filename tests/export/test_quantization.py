@@ -29,8 +29,8 @@ from plugins_trt.quantized_linear.reference import linear_fp8
 from runtime.bundle import STEP_GRAPH, Bundle
 from runtime.engines.onnxruntime import OnnxRuntimeEngine
 from runtime.engines.protocol import DenoiseRow, Prefix
-from runtime.engines.torch import Options, TorchEngine
-from runtime.engines.torch_program import Rewrites
+from runtime.engines.torch.engine import Options, TorchEngine
+from runtime.engines.torch.program import Rewrites
 from runtime.errors import BundleError, CheckpointError
 from tests.tiny import SHAPE, write_checkpoint
 

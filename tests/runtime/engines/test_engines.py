@@ -20,11 +20,11 @@ from export.model import Readouts, StepModel, StepOutputs
 from export.rows import build_rows
 from export.verification import load_model
 from runtime.bundle import WEIGHTS, Bundle
-from runtime.engines import torch as torch_engine
 from runtime.engines.onnxruntime import OnnxRuntimeEngine, Options
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Engine, Prefix, Readout
-from runtime.engines.torch_options import Options as TorchOptions
-from runtime.engines.torch_weights import WeightsFile
+from runtime.engines.torch import engine as torch_engine
+from runtime.engines.torch.options import Options as TorchOptions
+from runtime.engines.torch.weights import WeightsFile
 
 SLACK = 4.0
 """An engine may be this many times as far from float64 as PyTorch in float32 is: both round the same products, in

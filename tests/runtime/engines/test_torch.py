@@ -22,15 +22,15 @@ from plugins_trt.expert_ffn import reference as reference_experts
 from plugins_trt.quantized_linear import reference as reference_linear
 from plugins_trt.torch_operations import REGISTERED
 from runtime.bundle import MANIFEST, STEP_PROGRAM, WEIGHTS, Bundle, FileRecord, Manifest, TensorRecord, sha256
-from runtime.engines import torch_weights
 from runtime.engines.protocol import DenoiseRow, EncodeRow, EngineOutOfMemory, Prefix, Readout
-from runtime.engines.torch import Model, TorchEngine, read_program
-from runtime.engines.torch_options import Options
-from runtime.engines.torch_pieces import take_apart
-from runtime.engines.torch_program import Rewrites, Steps, bind
-from runtime.engines.torch_regions import compile_regions
-from runtime.engines.torch_tables import PageTables
-from runtime.engines.torch_weights import WeightsFile
+from runtime.engines.torch import weights as torch_weights
+from runtime.engines.torch.engine import Model, TorchEngine, read_program
+from runtime.engines.torch.options import Options
+from runtime.engines.torch.pieces import take_apart
+from runtime.engines.torch.program import Rewrites, Steps, bind
+from runtime.engines.torch.regions import compile_regions
+from runtime.engines.torch.tables import PageTables
+from runtime.engines.torch.weights import WeightsFile
 from runtime.errors import BundleError
 
 ROOT = Path(__file__).parents[3]
@@ -308,7 +308,7 @@ def test_an_engine_needs_no_model_definition(tiny_bundle: Bundle) -> None:
         "sys.modules.update(dict.fromkeys(('export', 'onnx', 'onnxruntime', 'triton')))\n"
         "from pathlib import Path\n"
         "from runtime.bundle import Bundle\n"
-        "from runtime.engines.torch import TorchEngine\n"
+        "from runtime.engines.torch.engine import TorchEngine\n"
         "TorchEngine.load(Bundle(Path(sys.argv[1]))).close()\n"
     )
     command = [sys.executable, "-c", check, str(tiny_bundle.directory)]

@@ -29,13 +29,13 @@ from runtime.engines.protocol import (
     PoolGeometry,
     Readout,
 )
-from runtime.engines.torch_calls import Buffer, Call
-from runtime.engines.torch_inputs import denoise_inputs, encode_inputs
-from runtime.engines.torch_options import Options
-from runtime.engines.torch_program import Fill, Steps, bind
-from runtime.engines.torch_regions import compile_regions
-from runtime.engines.torch_tables import PageTables, full_pages, slots_of
-from runtime.engines.torch_weights import WeightsFile
+from runtime.engines.torch.calls import Buffer, Call
+from runtime.engines.torch.inputs import denoise_inputs, encode_inputs
+from runtime.engines.torch.options import Options
+from runtime.engines.torch.program import Fill, Steps, bind
+from runtime.engines.torch.regions import compile_regions
+from runtime.engines.torch.tables import PageTables, full_pages, slots_of
+from runtime.engines.torch.weights import WeightsFile
 from runtime.errors import BundleError
 
 FULL_PAGES_LEAST = 16

@@ -9,7 +9,7 @@ import torch
 
 from runtime.bundle import ModelFacts
 from runtime.engines.protocol import ENCODE_CHUNK, PoolGeometry
-from runtime.engines.torch_program import Rewrites
+from runtime.engines.torch.program import Rewrites
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from plugins_trt import torch_operations
 from runtime.bundle import ProgramRecord
-from runtime.engines.torch_pieces import take_apart
+from runtime.engines.torch.pieces import take_apart
 
 Fill = Callable[[str, Tensor], None]
 """Writes the tensor of that name into a contiguous tensor of its shape and dtype."""
