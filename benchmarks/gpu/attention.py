@@ -175,22 +175,36 @@ def line(rows: Rows, row: dict[str, object]) -> str:
 
 
 FUSED = [
-    Tiles(rows, keys, keys, 256, warps, stages, resident)
+    Tiles(rows, keys, 256, 256, warps, stages, resident)
     for rows, keys, warps, stages, resident in (
-        (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (128, 32, 8, 2, 1), (64, 64, 4, 2, 1), (64, 32, 4, 2, 2),
+        (128, 32, 8, 4, 1), (128, 64, 8, 2, 1), (128, 32, 8, 3, 1), (64, 32, 4, 2, 2), (64, 64, 4, 2, 1),
     )
 ]  # fmt: skip
 WIDE = [
     (
-        Tiles(rows, keys, 64, 256, 8, stages, resident),
-        Tiles(rows, keys, 64, columns, 8, last_stages, last_resident),
+        Tiles(rows, keys, 64, columns, warps, stages, resident),
+        Tiles(rows, keys, 64, columns, last_warps, last_stages, last_resident),
     )
-    for rows, keys, stages, resident, columns, last_stages, last_resident in (
-        (128, 256, 4, 1, 256, 4, 1), (128, 256, 3, 1, 256, 3, 1), (128, 256, 4, 4, 256, 4, 1),
-        (128, 128, 3, 1, 256, 4, 1), (256, 128, 4, 1, 128, 4, 1),
+    for rows, keys, warps, stages, resident, columns, last_warps, last_stages, last_resident in (
+        (128, 256, 8, 4, 1, 256, 8, 4, 1), (128, 128, 4, 3, 2, 256, 8, 4, 1), (256, 128, 8, 4, 1, 128, 8, 4, 1),
+        (128, 256, 8, 3, 1, 128, 4, 3, 2), (64, 256, 4, 2, 2, 256, 4, 2, 2),
     )
 ]  # fmt: skip
 """The first of each are those of the tables."""
+
+TUNED = [
+    (Rows("full", 262144 - CANVAS), WIDE),
+    (Rows("sliding", 1024), FUSED),
+    (Rows("sliding", 1024, batch=8), FUSED),
+    (Rows("full", 1024), WIDE),
+    (Rows("full", 1024, batch=8), WIDE),
+    (Rows("sliding", 0, tokens=2048, causal=True), FUSED),
+    (Rows("full", 6144, tokens=2048, causal=True), WIDE),
+]
+"""What candidates are timed at, the most telling first."""
+
+TUNING_SECONDS = 75.0
+"""After which no more candidates are begun; one takes 5 s at most."""
 
 
 @contextmanager
@@ -202,22 +216,45 @@ def tiles_of(candidate: Tiles | tuple[Tiles, Tiles]) -> Iterator[None]:
 
 
 def tune(limits: Limits) -> list[dict[str, object]]:
-    """Times the candidates at a few calls."""
-    results = []
-    for layer, candidates in (("sliding", FUSED), ("full", WIDE)):
-        calls = [Rows(layer, 1024), Rows(layer, 0, tokens=2048, causal=True), Rows(layer, 1024, batch=8)]
-        calls += [Rows(layer, 65536)] if layer == "full" else []
-        for rows in calls:
-            for candidate in candidates:
-                try:
-                    with tiles_of(candidate):
-                        row = measure(rows, limits, replays=3)
-                except triton.runtime.errors.OutOfResources as error:
-                    print(f"{candidate}: {error}")
-                    continue
-                print(f"{line(rows, row)}  {candidate}", flush=True)
-                results.append({**row, "tiles": str(candidate)})
+    """Times the candidates at a few calls, each kernel apart too."""
+    results: list[dict[str, object]] = []
+    deadline = time.monotonic() + TUNING_SECONDS
+    for rows, candidates in TUNED:
+        for candidate in candidates:
+            if time.monotonic() > deadline:
+                print(f"{rows.name}: no time left", flush=True)
+                return results
+            try:
+                with tiles_of(candidate):
+                    row = measure(rows, limits, replays=3)
+                    row["kernels"] = kernel_microseconds(rows)
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{candidate}: {error}")
+                continue
+            print(f"{line(rows, row)}  {row['kernels']}  {_in_short(candidate)}", flush=True)
+            results.append({**row, "tiles": str(candidate)})
+            torch.cuda.empty_cache()
     return results
+
+
+def kernel_microseconds(rows: Rows, calls: int = 3) -> dict[str, float]:
+    """Time that a call spends in each kernel, all its launches together; with overlap, waiting is counted in."""
+    arguments = random_call(rows, torch.Generator("cuda").manual_seed(1))
+    canvas_attention(*arguments)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            canvas_attention(*arguments)
+        torch.cuda.synchronize()
+    times = {event.key: event.self_device_time_total / calls for event in profile.key_averages()}
+    return {name: round(microseconds, 1) for name, microseconds in times.items() if microseconds}
+
+
+def _in_short(candidate: Tiles | tuple[Tiles, Tiles]) -> str:
+    each: tuple[Tiles, ...] = (candidate,) if isinstance(candidate, Tiles) else candidate
+    return ", ".join(
+        f"{t.rows}x{t.keys} step {t.step} columns {t.columns} warps {t.warps} stages {t.stages} resident {t.resident}"
+        for t in each
+    )
 
 
 def main() -> int:

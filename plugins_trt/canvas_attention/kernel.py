@@ -93,9 +93,8 @@ def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
     wide = query.element_size() > 2
     rows = 128 if gpu.is_large and not wide else 64
     rows = min(rows, max(16, triton.next_power_of_2(S * heads // kv_heads)))
-    keys = 64 if gpu.is_large and not wide else 32
-    stages = 1 if wide else 2
-    return Tiles(rows, keys, width, width, warps=8 if rows == 128 else 4, stages=stages)
+    stages = 1 if wide else 4 if gpu.is_large else 2
+    return Tiles(rows, 32, width, width, warps=8 if rows == 128 else 4, stages=stages)
 
 
 def wide_tiles(gpu: Gpu, query: Tensor) -> tuple[Tiles, Tiles]:
@@ -155,6 +154,11 @@ class _Call:
         return {"PAGE": self.key_pool.shape[1], "KV_HEADS": self.kv_heads, "GROUP": heads // self.kv_heads, "D": D}
 
 
+def _overlapping(gpu: Gpu) -> dict[str, bool]:
+    """Options of a launch that may begin while the one before it ends."""
+    return {"OVERLAP": gpu.overlaps_kernels, "launch_pdl": gpu.overlaps_kernels}
+
+
 def _splits(room: int, blocks: int, key_tiles: int) -> int:
     """Parts into which the keys are cut so that `blocks` blocks fill a GPU with `room`, two tiles a part at least."""
     return max(1, min(room // blocks, key_tiles // 2))
@@ -168,9 +172,9 @@ def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> Tensor:
     attend[(blocks, call.kv_heads * splits, B)](
         call.query, call.key, call.value, call.key_pool, call.value_pool, call.page_table, *call.visibility,
         partial, totals, splits, **call.sizes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=tiles.columns,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages, **_overlapping(gpu),
     )  # fmt: skip
-    return partial[0] if splits == 1 else _merged(call, partial, totals)
+    return partial[0] if splits == 1 else _merged(call, partial, totals, gpu)
 
 
 def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, scratch_bytes: int) -> Tensor:
@@ -190,28 +194,29 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
     device = call.query.device
     weights = torch.empty(stored_rows, chunk * tiles.keys, dtype=call.query.dtype, device=device)
     statistics = torch.empty(2, B * call.kv_heads, chunk, blocks * tiles.rows, dtype=torch.float32, device=device)
+    changes = torch.empty(B * call.kv_heads, chunk, blocks, dtype=torch.int32, device=device)
     for index in range(chunks):
         weigh[(blocks, shares, B * call.kv_heads)](
-            call.query, call.key, call.key_pool, call.page_table, *call.visibility, weights, statistics,
+            call.query, call.key, call.key_pool, call.page_table, *call.visibility, weights, statistics, changes,
             index * chunk, chunk, B, **call.sizes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=tiles.step,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages, **_overlapping(gpu),
         )  # fmt: skip
         gather[(blocks * bands, splits, B * call.kv_heads)](
-            call.value, call.value_pool, call.page_table, *call.visibility, weights, statistics, partial,
+            call.value, call.value_pool, call.page_table, *call.visibility, weights, statistics, changes, partial,
             totals[1 - index % 2], totals[index % 2], index * chunk, chunk, B, **call.sizes, FIRST=index == 0,
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=gather_tiles.step, BLOCK_D=gather_tiles.columns,
-            num_warps=gather_tiles.warps, num_stages=gather_tiles.stages,
+            num_warps=gather_tiles.warps, num_stages=gather_tiles.stages, **_overlapping(gpu),
         )  # fmt: skip
-    return partial[0] if splits == 1 and chunks == 1 else _merged(call, partial, totals[(chunks - 1) % 2])
+    return partial[0] if splits == 1 and chunks == 1 else _merged(call, partial, totals[(chunks - 1) % 2], gpu)
 
 
-def _merged(call: _Call, partial: Tensor, totals: Tensor) -> Tensor:
+def _merged(call: _Call, partial: Tensor, totals: Tensor, gpu: Gpu) -> Tensor:
     out = torch.empty_like(call.query)
     splits, heads_of_tokens, D = partial.shape[0], totals[0].numel(), call.query.shape[3]
     width = triton.next_power_of_2(D)
     rows = max(1, 2048 // width)
     merge[(triton.cdiv(heads_of_tokens, rows),)](
         partial, totals, out, heads_of_tokens, splits, D, SPLITS=triton.next_power_of_2(splits), ROWS=rows,
-        BLOCK_D=width, num_warps=4,
+        BLOCK_D=width, num_warps=4, **_overlapping(gpu),
     )  # fmt: skip
     return out

@@ -1,23 +1,34 @@
-"""The GPU programs of canvas attention: one fused, two for wide heads, and the merging of splits."""
+"""The GPU programs of canvas attention: one fused, two for wide heads, and the merging of splits.
+
+Where `OVERLAP` is set, a program is launched while the one before it still runs, and waits for that one's results
+(`gdc_wait`) before it reads or writes anything.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.canvas_attention.visible_keys import columns, keys_of, page_of, rows_of, seen_by_all, visible_tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Of the natural logarithm's base: exponentials are taken in base 2, which is one instruction."""
 
+LARGEST_WEIGHT = tl.constexpr(8.0)
+"""Stored weights are at most 2 to this: a scale that has become too small by less than that is kept."""
+
 
 @triton.jit(do_not_specialize=["pages", "splits"])
 def attend(
     QUERY, KEY, VALUE, KEY_POOL, VALUE_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S,
     PARTIAL, TOTALS, splits, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One block of rows of one K/V head over one split of its keys, softmax and both products fused."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     # The last rows see most keys in a causal row: they go first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head, split, b = tl.program_id(1) % KV_HEADS, tl.program_id(1) // KV_HEADS, tl.program_id(2)
@@ -38,28 +49,39 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen_from, seen_to = seen_by_all(begin, end, tokens, S)
-    share = split * count // splits
+    share, share_end = split * count // splits, (split + 1) * count // splits
+    # Values follow a tile behind the keys: their product runs while the next tile's softmax is taken. So there is one
+    # round more than tiles, of whose keys, and of the first round's values, none exist.
+    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    fade = tl.full([BLOCK_M], 1.0, tl.float32)
+    # Before every position, also that of the tile before the first.
+    last_before = share_end * 0 - BLOCK_N
     page = page_of(table, share, first_cached, cached, pages, PAGE, BLOCK_N)
-    for tile in range(share, (split + 1) * count // splits):
+    page_before = page
+    for tile in range(share, share_end + 1):
         in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
         last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+        last = tl.where(tile < share_end, last, 0)
         # Slots that hold no token may hold NaN, which a weight of 0 does not silence.
         exists = columns(position + tl.arange(0, BLOCK_N) < last, d, D, BLOCK_D)
         rows = rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
         keys = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
         scores = tl.dot(query, keys.T, input_precision="ieee")
+        in_pool, first, before = keys_of(tile - 1, base, start, first_cached, cached, first_own, BLOCK_N)
+        exists = columns(before + tl.arange(0, BLOCK_N) < last_before, d, D, BLOCK_D)
+        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page_before, in_pool, first, PAGE, stride, BLOCK_N)
+        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
         if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
             at = (position + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((at >= begin[:, None]) & (at < tl.minimum(end, last)[:, None]), scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * LOG2_E)
         reference = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(scores * LOG2_E - reference[:, None])
+        each = tl.exp2(scores * LOG2_E - reference[:, None])
         fade = tl.exp2(largest - reference)
-        total = total * fade + tl.sum(weights, 1)
-        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_N)
-        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
-        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
-        largest = larger
+        total = total * fade + tl.sum(each, 1)
+        weights = each
+        largest, last_before, page_before = larger, last, page
         page = page_of(table, tile + 1, first_cached, cached, pages, PAGE, BLOCK_N)
     place += tl.num_programs(2).to(tl.int64) * split * S * (KV_HEADS * GROUP)
     tl.store(TOTALS + place, largest + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=tokens < S)
@@ -69,14 +91,18 @@ def attend(
 
 @triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
 def weigh(
-    QUERY, KEY, KEY_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS,
+    QUERY, KEY, KEY_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS, CHANGES,
     first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Softmax weights of one block of rows for every so many tiles of keys, relative to a tile's largest score.
+    """Softmax weights of one block of rows for a share of a chunk's tiles, each row's relative to a scale of its own.
 
-    The largest is rounded up to a whole power of two, so that bringing weights of several tiles to one scale is exact.
+    Scales are whole powers of two, so that bringing weights of several tiles to one is exact, and stay the same from
+    tile to tile where they can: `CHANGES` marks tiles at which some row's scale differs from that of the tile before.
     """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     b, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     row = block * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,7 +117,10 @@ def weigh(
     queries = QUERY + ((b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads) * D
     padded = tl.num_programs(0) * BLOCK_M
     place = (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
-    for stored in range(tl.program_id(1), tl.minimum(count - first_tile, tiles), tl.num_programs(1)):
+    held = tl.maximum(tl.minimum(count - first_tile, tiles), 0)
+    share, shares = tl.program_id(1), tl.num_programs(1)
+    scale = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for stored in range(share * held // shares, (share + 1) * held // shares):
         tile = first_tile + stored
         in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
         last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
@@ -108,10 +137,18 @@ def weigh(
             seen = (at[None, :] >= begin[:, None]) & (at[None, :] < tl.minimum(end, last)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         largest = tl.ceil(tl.max(scores, 1) * LOG2_E)
-        reference = tl.where(largest == float("-inf"), 0.0, largest)
+        larger = tl.where(largest > scale + LARGEST_WEIGHT, largest, scale)
+        changes = (larger != scale).to(tl.int32)
+        begins = stored == share * held // shares
+        tl.store(
+            CHANGES + (tl.program_id(2) * tiles + stored) * tl.num_programs(0) + block,
+            tl.maximum(tl.max(changes, 0), begins.to(tl.int32)),
+        )
+        scale = larger
+        reference = tl.where(scale == float("-inf"), 0.0, scale)
         weights = tl.exp2(scores * LOG2_E - reference[:, None])
         statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
-        tl.store(statistic, largest)
+        tl.store(statistic, scale)
         tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))
         out = WEIGHTS + (place + stored * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
         tl.store(out, weights.to(WEIGHTS.dtype.element_ty))
@@ -119,15 +156,18 @@ def weigh(
 
 @triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
 def gather(
-    VALUE, VALUE_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS,
+    VALUE, VALUE_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS, CHANGES,
     PARTIAL, BEFORE, TOTALS, first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Stored weights times values: one block of rows, one band of columns, one split of a chunk's tiles.
 
     All but the first chunk add to what the chunks before them left.
     """
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     bands: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     blocks, splits = tl.num_programs(0) // bands, tl.num_programs(1)
     block, band, split = blocks - 1 - tl.program_id(0) // bands, tl.program_id(0) % bands, tl.program_id(1)
@@ -170,26 +210,28 @@ def gather(
     steps: tl.constexpr = BLOCK_N // BLOCK_K
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first_step = first_tile * steps
-    page = page_of(table, first_step + share_begin * steps, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
-    # Looked up a tile ahead too.
-    upcoming = tl.load(statistics + share_begin * padded, mask=row * 0 + share_begin < share_end, other=0.0)
-    for step in range(share_begin * steps, share_end * steps):
-        in_pool, first, position = keys_of(
-            first_step + step, base, start, first_cached * steps, cached * steps, first_own * steps, BLOCK_K
-        )
-        last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
-        weights = tl.load(stored[:, None] + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
-        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_K)
-        exists = columns(position + tl.arange(0, BLOCK_K) < last, d, D, BLOCK_D)
-        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
-        page = page_of(table, first_step + step + 1, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
-        if step % steps == 0:
-            reference = tl.maximum(upcoming, least)
-            sums *= tl.exp2(relative_to - reference)[:, None]
-            relative_to = reference
-            following = tl.minimum(step // steps + 1, share_end - 1)
-            upcoming = tl.load(statistics + following * padded)
-        sums = tl.dot(weights, values, sums, input_precision="ieee")
+    tile = share_begin
+    while tile < share_end:
+        # Tiles of one scale in a row: their sum is one plain product, which nothing but loads interrupts.
+        many = tile + 1 + tl.arange(0, 128)
+        changes = tl.load(CHANGES + (tl.program_id(2) * tiles + many) * blocks + block, mask=many < share_end, other=1)
+        one_scale_to = tl.min(tl.where(changes != 0, many, tile + 129), 0)
+        reference = tl.maximum(tl.load(statistics + tile * padded), least)
+        sums *= tl.exp2(relative_to - reference)[:, None]
+        relative_to = reference
+        page = page_of(table, first_step + tile * steps, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+        for step in range(tile * steps, one_scale_to * steps):
+            in_pool, first, position = keys_of(
+                first_step + step, base, start, first_cached * steps, cached * steps, first_own * steps, BLOCK_K
+            )
+            last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
+            weights = tl.load(stored[:, None] + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
+            rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_K)
+            exists = columns(position + tl.arange(0, BLOCK_K) < last, d, D, BLOCK_D)
+            values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+            page = page_of(table, first_step + step + 1, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+            sums = tl.dot(weights, values, sums, input_precision="ieee")
+        tile = one_scale_to
     to_largest = tl.exp2(relative_to - tl.where(largest == float("-inf"), 0.0, largest))
     result = sums * (to_largest / tl.where(total == 0.0, 1.0, total))[:, None]
     logarithm = largest + tl.log2(tl.where(total == 0.0, 1.0, total))
@@ -208,9 +250,13 @@ def gather(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(
-    PARTIAL, TOTALS, OUT, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr
+    PARTIAL, TOTALS, OUT, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Add up the splits' results, each by its share of the softmax total."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     inside = (row < rows)[:, None] & (d < D)[None, :]

@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from plugins_trt.gpu import gpu_of
 
 
 def head_norm(
@@ -38,10 +41,12 @@ def head_norm(
     query, key, value = (_evenly_spaced(x) for x in (query, key, value))
     out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
     if B * S:
+        overlap = gpu_of(query.device).overlaps_kernels
         norm_and_rotate[(B * S, 3)](
             query, key, value, query_weight, key_weight, cosine.contiguous(), sine.contiguous(), *out,
             *(x.stride(1) for x in (query, key, value)), eps, HEADS=heads, KV_HEADS=key.shape[2], D=D,
-            BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(D // 2), num_warps=8,
+            BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(D // 2),
+            OVERLAP=overlap, num_warps=8, launch_pdl=overlap,
         )  # fmt: skip
     return out[0], out[1], out[2]
 
@@ -81,8 +86,12 @@ def norm_and_rotate(
     QUERY, KEY, VALUE, QUERY_WEIGHT, KEY_WEIGHT, COSINE, SINE, QUERY_OUT, KEY_OUT, VALUE_OUT,
     query_stride, key_stride, value_stride, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One token's heads of the query, the key or the value, by the second program index."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     half: tl.constexpr = D // 2
     token, kind = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads, first = tl.arange(0, BLOCK_HEADS), tl.arange(0, BLOCK_D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -109,6 +110,23 @@ def test_scores_far_apart(head_dim: int, interpreter: Interpreter) -> None:
         pool *= factor / head_dim**0.5
     # Shares are 0 or 1 but for a few: the bound of scores grows with them.
     got = interpreter(kernel.canvas_attention, *inputs)
+    assert error(case, inputs, got) <= bound(case, inputs)
+
+
+def on_one_multiprocessor(*inputs: Tensor) -> Tensor:
+    """Runs where the interpreter is: one block of rows works through all of its keys."""
+    with patch.object(kernel, "gpu_of", lambda _: Gpu(80, 1)):
+        return kernel.canvas_attention(*inputs)
+
+
+@pytest.mark.parametrize("head_dim", [32, 272], ids=["fused", "wide"])
+def test_scores_that_rise_and_fall_from_tile_to_tile(head_dim: int, interpreter: Interpreter) -> None:
+    """Catches sums that stay at a scale which a later tile has outgrown, and a scale taken from another tile."""
+    case = Rows("", starts=(250,), tokens=3, head_dim=head_dim, page_size=64, pages=4, heads=2, kv_heads=1)
+    inputs = arguments(case)
+    for page, factor in zip(inputs[5][0], (0.1, 10.0, 8.0, 0.1), strict=True):
+        inputs[3][page] *= factor / head_dim**0.5 * 4
+    got = interpreter(on_one_multiprocessor, *inputs)
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
