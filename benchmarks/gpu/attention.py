@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,6 +46,8 @@ class Rows:
     causal: bool = False
     uneven: bool = False
     """Whether later rows have shorter prefixes."""
+    rising: bool = False
+    """Whether scores grow over the prefix, by far more than from tile to tile a scale may lag behind."""
 
     @property
     def name(self) -> str:
@@ -73,6 +75,8 @@ def random_call(rows: Rows, generator: torch.Generator) -> list[Tensor]:
         beyond = torch.arange(pages * PAGE, device="cuda") >= start[b] - base[b]
         for pool in pools:
             pool[table[b]] = pool[table[b]].masked_fill(beyond.view(pages, PAGE, 1, 1), torch.nan)
+    if rows.rising:
+        pools[0][table] *= torch.linspace(0.25, 8, pages, device="cuda").to(pools[0].dtype).view(-1, 1, 1, 1)
     # Scores with a standard deviation of 3: neither flat nor one key alone.
     query = 3 / D**0.5 * draw(B, S, HEADS, D)
     own = [draw(B, S, kv_heads, D) for _ in range(2)]
@@ -88,8 +92,9 @@ def error_of(arguments: list[Tensor], scratch_bytes: int) -> tuple[float, float]
     got = canvas_attention(*arguments, scratch_bytes=scratch_bytes)
     wide = [x.nan_to_num().float() if x.is_floating_point() else x for x in arguments]
     true = reference.canvas_attention(*wide)
-    query, key = wide[0], wide[1]
-    magnitude = float(query.norm(dim=-1).max() * key.norm(dim=-1).max())
+    query, key, key_pool = wide[0], wide[1], wide[3]
+    largest_key = max(float(keys.norm(dim=-1).max()) for keys in (key, key_pool))
+    magnitude = float(query.norm(dim=-1).max()) * largest_key
     values = max(float(wide[2].abs().max()), float(wide[4].abs().max()))
     return float((got - true).abs().max()), (3 * 2**-9 + 2 * query.shape[3] * 2**-24 * magnitude) * values
 
@@ -109,6 +114,8 @@ CHECKS = [
     Rows("full", 300, tokens=512, causal=True),
     Rows("full", 700, tokens=77, causal=True),
     Rows("full", 65536),
+    Rows("full", 20000, rising=True),
+    Rows("sliding", 5000, rising=True),
 ]
 
 
@@ -192,7 +199,7 @@ WIDE = [
 ]  # fmt: skip
 """The first of each are those of the tables."""
 
-TUNED = [
+TUNED: list[tuple[Rows, Sequence[Tiles | tuple[Tiles, Tiles]]]] = [
     (Rows("full", 262144 - CANVAS), WIDE),
     (Rows("sliding", 1024), FUSED),
     (Rows("sliding", 1024, batch=8), FUSED),
@@ -245,7 +252,7 @@ def kernel_microseconds(rows: Rows, calls: int = 3) -> dict[str, float]:
         for _ in range(calls):
             canvas_attention(*arguments)
         torch.cuda.synchronize()
-    times = {event.key: event.self_device_time_total / calls for event in profile.key_averages()}
+    times = {event.key: event.device_time_total / calls for event in profile.key_averages()}
     return {name: round(microseconds, 1) for name, microseconds in times.items() if microseconds}
 
 

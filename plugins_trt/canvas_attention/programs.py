@@ -120,13 +120,14 @@ def weigh(
     held = tl.maximum(tl.minimum(count - first_tile, tiles), 0)
     share, shares = tl.program_id(1), tl.num_programs(1)
     scale = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    page = page_of(table, first_tile + share * held // shares, first_cached, cached, pages, PAGE, BLOCK_N)
     for stored in range(share * held // shares, (share + 1) * held // shares):
         tile = first_tile + stored
         in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
         last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
         at = position + tl.arange(0, BLOCK_N)
-        page = page_of(table, tile, first_cached, cached, pages, PAGE, BLOCK_N)
         rows = rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
+        page = page_of(table, tile + 1, first_cached, cached, pages, PAGE, BLOCK_N)
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for column in range(0, D, BLOCK_K):
             d = column + tl.arange(0, BLOCK_K)

@@ -195,7 +195,8 @@ def exponentiate(
     V: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A block's unnormalised softmax weights, their sum, and the sum of weights times exponents (in base 2)."""
-    block, row, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    # The rows that the largest were found in last come first: their logits are still in the L2 cache.
+    block, row, blocks = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(0)
     logits = _logits_of(LOGITS, row, block, V, BLOCK)
     largest, _ = _largest_of(LARGEST, row, blocks, BLOCKS)
     weights, exponent = _weights_of(logits, largest, softcap, tl.load(TEMPERATURE + row // S))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from plugins_trt.gpu import Gpu
 from plugins_trt.head_norm import kernel
 from plugins_trt.head_norm.reference import head_norm
 from plugins_trt.rotation import rotate
@@ -82,8 +83,9 @@ def test_the_reference_rotates_as_the_model_does() -> None:
 
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY), ids=lambda capability: f"sm_{capability}")
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(8, 256), (2, 512)], ids=["sliding", "full"])
-def test_compiles(capability: int, kv_heads: int, head_dim: int) -> None:
-    """Catches heads that are read in small pieces."""
+def test_compiles(capability: int, kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches heads that are read in small pieces, and a wait for the kernel before that older GPUs do not know."""
+    monkeypatch.setattr(kernel, "gpu_of", lambda _: Gpu(capability, 132))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -91,4 +93,6 @@ def test_compiles(capability: int, kv_heads: int, head_dim: int) -> None:
     heads = [empty(1, 256, 16, head_dim), empty(1, 256, kv_heads, head_dim), empty(1, 256, kv_heads, head_dim)]
     angles = empty(1, 256, head_dim // 2)
     (launch,) = launches_of(kernel.head_norm, *heads, empty(head_dim), empty(head_dim), angles, angles, EPS)
-    assert "ld.global.v4.b32" in compile_launch(launch, capability).asm["ptx"]
+    ptx = compile_launch(launch, capability).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx
+    assert ("griddepcontrol.wait" in ptx) == (capability >= 90)
