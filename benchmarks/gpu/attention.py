@@ -194,7 +194,7 @@ WIDE = [
     )
     for rows, keys, warps, stages, resident, columns, last_warps, last_stages, last_resident in (
         (128, 256, 8, 4, 1, 256, 8, 4, 1), (128, 128, 4, 3, 2, 256, 8, 4, 1), (256, 128, 8, 4, 1, 128, 8, 4, 1),
-        (128, 256, 8, 3, 1, 128, 4, 3, 2), (64, 256, 4, 2, 2, 256, 4, 2, 2),
+        (128, 256, 8, 3, 1, 128, 4, 3, 2), (128, 128, 8, 4, 1, 256, 8, 4, 1),
     )
 ]  # fmt: skip
 """The first of each are those of the tables."""
