@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
 
 
@@ -50,6 +50,11 @@ class PageGroup:
         page = self._pages.get(digest)
         return page is not None and self._references[page] == 0
 
+    def only_of(self, shares: Iterable[Share]) -> set[int]:
+        """The pages that nobody but these shares holds."""
+        held = Counter(page for share in shares for page in share.pages)
+        return {page for page, times in held.items() if times == self._references[page]}
+
     def take(self) -> int:
         """A page without content, held once."""
         page = self._free.popleft() if self._free else self._evict()
@@ -92,11 +97,16 @@ class Share:
 
     def __init__(self, group: PageGroup, promised: int, worthy_from: int = 0) -> None:
         """May take `promised` pages; those before `worthy_from` of the sequence are of slight worth to others."""
-        self._group, self._promised, self._worthy_from = group, promised, worthy_from
+        self._group, self.promised, self._worthy_from = group, promised, worthy_from
         group.promised += promised
         self.first = 0
         """Which page of the sequence `pages[0]` is, counted from position 0."""
         self.pages: deque[int] = deque()
+
+    @property
+    def claimed(self) -> int:
+        """Pages that it holds or may still take."""
+        return len(self.pages) + self.promised
 
     @property
     def end(self) -> int:
@@ -115,7 +125,7 @@ class Share:
     def grow_to(self, end: int) -> None:
         """Take pages up to `end`."""
         while self.end < end:
-            assert self._promised > 0
+            assert self.promised > 0
             self.pages.append(self._group.take())
             self._promise(-1)
 
@@ -124,7 +134,7 @@ class Share:
         for digest in digests:
             page = self._group.find(digest)
             assert page is not None
-            assert self._promised > 0
+            assert self.promised > 0
             self._group.hold(page)
             self._promise(-1)
             self.pages.append(page)
@@ -138,8 +148,8 @@ class Share:
         """Give back everything, the end of the sequence first: it is of no use without what is before it."""
         while self.pages:
             self._group.drop(self.pages.pop(), self.end < self._worthy_from)
-        self._promise(-self._promised)
+        self._promise(-self.promised)
 
     def _promise(self, pages: int) -> None:
-        self._promised += pages
+        self.promised += pages
         self._group.promised += pages

@@ -15,6 +15,7 @@ rounding of a token's K/V depends on how many tokens are encoded with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from hashlib import blake2b
 
 import numpy as np
@@ -62,16 +63,21 @@ class PagePool:
         sliding, full = self._needed(tokens)
         return sliding <= self.sliding.size and full <= self.full.size
 
-    def fits(self, tokens: int, digests: tuple[bytes, ...] = ()) -> bool:
+    def fits(self, tokens: int, digests: tuple[bytes, ...] = (), without: Collection[Sequence] = ()) -> bool:
         """Whether a sequence of `tokens` positions, whose prompt's pages have these digests, fits now.
+
+        Or would fit, were the sequences in `without` released, whose contents could still be shared.
 
         Of the full layers it needs the pages that it does not share, and those that nobody holds any more must stay.
         Sliding pages are let go one by one, also shared ones, and own ones take their place: each counts in full.
         """
         sliding, full = self._needed(tokens)
         shared = digests[: self.sharable(0, digests)]
-        kept = sum(self.full.is_kept(digest) for digest in shared)
-        return sliding <= self.sliding.size - self.sliding.claimed and full - len(shared) + kept <= self.full.unpromised
+        leaving = self.full.only_of(sequence.full for sequence in without)
+        kept = sum(self.full.is_kept(digest) or self.full.find(digest) in leaving for digest in shared)
+        claimed = self.sliding.claimed - sum(sequence.sliding.claimed for sequence in without)
+        unpromised = self.full.unpromised + len(leaving) + sum(sequence.full.promised for sequence in without)
+        return sliding <= self.sliding.size - claimed and full - len(shared) + kept <= unpromised
 
     def reserve(self, tokens: int, digests: tuple[bytes, ...] = ()) -> Sequence:
         """Reserve the pages of a sequence of at most `tokens` positions.
@@ -131,7 +137,7 @@ class Sequence:
 
     def __init__(self, pool: PagePool, tokens: int, digests: tuple[bytes, ...], sliding: Share, full: Share) -> None:
         self._pool, self._tokens, self._digests = pool, tokens, digests
-        self._sliding, self._full = sliding, full
+        self.sliding, self.full = sliding, full
         self._recorded = 0
         """Pages of the prompt that others can find, or that came from them."""
 
@@ -145,8 +151,8 @@ class Sequence:
         last = self._pool.sharable(first, self._digests) if rest == 0 else first
         if last > first:
             end = last * self._pool.page_size
-            self._sliding.drop_before(self._pool.oldest_page(end))
-            for share in (self._sliding, self._full):
+            self.sliding.drop_before(self._pool.oldest_page(end))
+            for share in (self.sliding, self.full):
                 share.adopt(self._digests[share.end : last])
             self._recorded = last
         return max(position, last * self._pool.page_size)
@@ -162,20 +168,20 @@ class Sequence:
         """
         assert start <= end <= self._tokens, f"{start} to {end} of {self._tokens} reserved positions"
         size = self._pool.page_size
-        self._sliding.drop_before(self._pool.oldest_page(start))
-        for share in (self._sliding, self._full):
+        self.sliding.drop_before(self._pool.oldest_page(start))
+        for share in (self.sliding, self.full):
             share.grow_to(-(-end // size))
-        return Prefix(tuple(self._sliding.pages), self._sliding.first * size, tuple(self._full.pages))
+        return Prefix(tuple(self.sliding.pages), self.sliding.first * size, tuple(self.full.pages))
 
     def record(self, end: int) -> None:
         """What `cover` said of the positions before `end` was done: others may share the prompt's pages among them."""
         last = min(len(self._digests), end // self._pool.page_size)
         for page in range(self._recorded, last):
-            for share in (self._sliding, self._full):
+            for share in (self.sliding, self.full):
                 share.publish(page, self._digests[page])
         self._recorded = max(self._recorded, last)
 
     def release(self) -> None:
         """Give back every page and what was reserved; the sequence is not used afterwards."""
-        self._sliding.release()
-        self._full.release()
+        self.sliding.release()
+        self.full.release()

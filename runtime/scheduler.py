@@ -3,9 +3,10 @@
 No tensors, no threads, no engine. The caller asks `sweep`, `admit` and `next` once a step and does what they say.
 
 Requests wait by priority, and within it clients in turn (`runtime.waiting`). Nobody overtakes the request that is next:
-what it needs becomes free in time. BATCH requests give way: where an INTERACTIVE request finds no room the newest of
-them is sent back to the queue, keeping what it has committed. So that they do not starve, BATCH requests that are older
-than `Limits.ageing` have a quarter of the places, where they go first and are not sent back.
+what it needs becomes free in time. BATCH requests give way: where an INTERACTIVE request finds no room and theirs is
+what it needs, the newest of them go back to the queue, keeping what they have committed. So that they do not starve,
+BATCH requests that are older than `Limits.ageing` have a quarter of the places, where they go first and are not sent
+back.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Scheduler(Generic[T]):
         self._places = min(slots, limits.max_active)
         self._free_slots = deque(range(self._places))
         self._drain = DrainRate()
-        self._cancelled: list[Ticket[T]] = []
+        self._ending: list[Ticket[T]] = []
+        """Cancelled, or crowded out of the queue; for the next sweep."""
         self._deadlines: list[tuple[float, int, Ticket[T]]] = []
         """A heap; a ticket that is done stays in it until it comes up or there are too many of its kind."""
         self._numbers = itertools.count()
@@ -93,44 +95,47 @@ class Scheduler(Generic[T]):
     @property
     def empty(self) -> bool:
         """Whether there is no request left, not even one to be swept."""
-        unswept = any(ticket.state is not State.DONE for ticket in self._cancelled)
+        unswept = any(ticket.state is not State.DONE for ticket in self._ending)
         return not (self._line or self._active or self._suspended or unswept)
 
     def submit(self, ticket: Ticket[T]) -> None:
-        """Queue a request.
+        """Queue a request; where that makes one too many, the client that has most loses its newest to the next sweep.
 
         Raises:
             InvalidRequest: it needs more pages than the whole pool has.
             DeadlineTooShort: its deadline has passed already.
-            QueueFull: too many wait.
+            QueueFull: too many wait, and its client has as many as the others.
         """
         if not self._pool.could_fit(ticket.tokens):
             raise InvalidRequest(_too_long(ticket.tokens))
         if ticket.deadline is not None and ticket.deadline <= self._clock():
             raise DeadlineTooShort("the deadline passed before the request was queued; allow more time")
-        if len(self._line) >= self._limits.max_waiting:
-            raise QueueFull(len(self._line), self._drain.seconds(len(self._line)))
-        if ticket.deadline is not None:
-            heapq.heappush(self._deadlines, (ticket.deadline, next(self._numbers), ticket))
+        full = QueueFull(len(self._line), self._drain.seconds(len(self._line)))
+        ticket.number = next(self._numbers)
         self._line.append(ticket)
+        if len(self._line) > self._limits.max_waiting:
+            crowded_out = self._line.crowded_out()
+            if crowded_out is ticket:
+                self._line.remove(ticket)
+                raise full
+            self._end(crowded_out, full)
+        if ticket.deadline is not None:
+            heapq.heappush(self._deadlines, (ticket.deadline, ticket.number, ticket))
 
     def cancel(self, ticket: Ticket[T]) -> None:
         """Have the next `sweep` take the request out; from a queue it is gone at once."""
-        if ticket.cancelled or ticket.state is State.DONE:
-            return
-        ticket.cancelled = True
-        self._cancelled.append(ticket)
-        if ticket.state is State.WAITING:
-            self._line.remove(ticket)
+        if ticket.ending is None and ticket.state is not State.DONE:
+            self._end(ticket, Cancelled("the request was cancelled"))
 
     def sweep(self) -> list[tuple[Ticket[T], DgemmaError]]:
-        """Take out what was cancelled or is too late, with the reason; its resources are free again."""
+        """Take out what was cancelled, crowded out or is too late, with the reason; its resources are free again."""
         now = self._clock()
-        cancelled, self._cancelled = self._cancelled, []
+        ending, self._ending = self._ending, []
         swept: list[tuple[Ticket[T], DgemmaError]] = []
-        for ticket in cancelled:
+        for ticket in ending:
             if ticket.state is not State.DONE:
-                swept.append((ticket, Cancelled("the request was cancelled")))
+                assert ticket.ending is not None
+                swept.append((ticket, ticket.ending))
                 self.finish(ticket)
         while self._deadlines and (self._deadlines[0][2].state is State.DONE or self._deadlines[0][0] <= now):
             _, _, ticket = heapq.heappop(self._deadlines)
@@ -147,6 +152,7 @@ class Scheduler(Generic[T]):
             self._line.take(ticket)
             ticket.pages = self._pool.reserve(ticket.tokens, ticket.digests)
             ticket.slot, ticket.state, ticket.idle_since = self._free_slots.popleft(), State.ACTIVE, None
+            ticket.begun = True
             self._active[ticket] = None
             admission.admitted.append(ticket)
         if admission.admitted:
@@ -192,7 +198,7 @@ class Scheduler(Generic[T]):
             self._drain.finished(self._clock(), idle=not self._active)
         elif ticket.state is State.SUSPENDED:
             del self._suspended[ticket]
-        elif not ticket.cancelled:
+        elif ticket.ending is None:
             self._line.remove(ticket)
         ticket.state = State.DONE
         if len(self._deadlines) > 2 * (len(self._line) + len(self._active) + len(self._suspended)) + SPARE_DEADLINES:
@@ -201,11 +207,11 @@ class Scheduler(Generic[T]):
 
     def drop_all(self) -> list[Ticket[T]]:
         """Take out every request."""
-        cancelled = [ticket for ticket in self._cancelled if ticket.state is State.WAITING]
-        dropped = [*self._active, *self._suspended, *self._line, *cancelled]
+        ending = [ticket for ticket in self._ending if ticket.state is State.WAITING]
+        dropped = [*self._active, *self._suspended, *self._line, *ending]
         for ticket in dropped:
             self.finish(ticket)
-        self._cancelled = []
+        self._ending = []
         return dropped
 
     def wake_at(self) -> float | None:
@@ -223,18 +229,35 @@ class Scheduler(Generic[T]):
         return self._line.head(Priority.INTERACTIVE) or batch
 
     def _make_room(self, ticket: Ticket[T], admission: Admission[T]) -> bool:
-        """Whether the ticket fits now; who gives way to it is sent back, the newest first, until it does."""
-        while not (self._free_slots and self._pool.fits(ticket.tokens, ticket.digests)):
-            yielding = self._yielding() if self._has_claim(ticket) else []
-            if not yielding:
-                return False
-            newest = yielding[-1]
-            self.send_back(newest)
-            if newest in admission.admitted:
-                admission.admitted.remove(newest)
+        """Whether the ticket fits now, or once those whom it needs not to be there have been sent back."""
+        leaving = self._in_the_way(ticket)
+        if leaving is None:
+            return False
+        for each in leaving:
+            self.send_back(each)
+            if each in admission.admitted:
+                admission.admitted.remove(each)
             else:
-                admission.sent_back.append(newest)
+                admission.sent_back.append(each)
         return True
+
+    def _in_the_way(self, ticket: Ticket[T]) -> list[Ticket[T]] | None:
+        """Who must leave for the ticket to fit, the newest first and none in vain; None where it would not even so."""
+        if self._fits(ticket, []):
+            return []
+        leaving = self._yielding()[::-1] if self._has_claim(ticket) else []
+        if not leaving or not self._fits(ticket, leaving):
+            return None
+        for oldest in reversed(leaving.copy()):
+            others = [each for each in leaving if each is not oldest]
+            if self._fits(ticket, others):
+                leaving = others
+        return leaving
+
+    def _fits(self, ticket: Ticket[T], without: list[Ticket[T]]) -> bool:
+        """Whether the ticket would fit, were some others not active."""
+        slot = bool(self._free_slots or without)
+        return slot and self._pool.fits(ticket.tokens, ticket.digests, [each.pages for each in without])
 
     def _yielding(self) -> list[Ticket[T]]:
         """Active BATCH requests, less the longest-waiting ones that have a place of their own; by admission."""
@@ -255,6 +278,13 @@ class Scheduler(Generic[T]):
     def _aged(self, ticket: Ticket[T]) -> bool:
         return ticket.priority == Priority.BATCH and self._clock() - ticket.submitted >= self._limits.ageing
 
+    def _end(self, ticket: Ticket[T], reason: DgemmaError) -> None:
+        """Have the next sweep tell the reason."""
+        ticket.ending = reason
+        self._ending.append(ticket)
+        if ticket.state is State.WAITING:
+            self._line.remove(ticket)
+
     def _leave(self, ticket: Ticket[T]) -> None:
         """Give back what an active request holds."""
         del self._active[ticket]
@@ -263,7 +293,7 @@ class Scheduler(Generic[T]):
 
     def _requeue(self, ticket: Ticket[T]) -> None:
         ticket.state = State.WAITING
-        if not ticket.cancelled:  # else it is swept from where it is: in no queue
+        if ticket.ending is None:  # else it is swept from where it is: in no queue
             self._line.put_back(ticket)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Generic, TypeVar
 
+from runtime.errors import DgemmaError
 from runtime.pool import Sequence
 
 T = TypeVar("T")
@@ -45,7 +46,12 @@ class Ticket(Generic[T]):
     client: str = ""
     priority: Priority = Priority.INTERACTIVE
     state: State = State.WAITING
-    cancelled: bool = False
+    number: int = 0
+    """In the order of submission."""
+    ending: DgemmaError | None = None
+    """Why the next sweep takes it out; it is in no queue any more."""
+    begun: bool = False
+    """Whether it was ever admitted."""
     turn: int = 0
     """Number of its last turn; 0 before its first."""
     idle_since: float | None = None

@@ -1,8 +1,12 @@
-"""The queue in front of the engine: by priority, clients in turn, each client's requests as they came."""
+"""The queue in front of the engine: by priority, clients in turn, each client's requests as they came.
+
+Where one too many waits, the client that has most of them loses its newest, so that no client can fill the queue for
+others: who has less than its share always finds a place, and who is alone may have all of them.
+"""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -47,6 +51,17 @@ class WaitingLine(Generic[T]):
         clients = self._clients[ticket.priority]
         if ticket.client in clients:
             clients.move_to_end(ticket.client)
+
+    def crowded_out(self) -> Ticket[T]:
+        """Whose place it is not, of the tickets that have never been admitted: there must be one.
+
+        The newest of the client that has most tickets here, BATCH before INTERACTIVE; of clients that have equally
+        many BATCH goes before INTERACTIVE too, and the newest before the others.
+        """
+        waiting = Counter(ticket.client for ticket in self)
+        newest = (line[-1] for clients in self._clients.values() for line in clients.values())
+        candidates = (ticket for ticket in newest if not ticket.begun)
+        return max(candidates, key=lambda ticket: (waiting[ticket.client], -ticket.priority, ticket.number))
 
     def remove(self, ticket: Ticket[T]) -> None:
         """Take out a ticket that will not be served."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -183,6 +184,19 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, model: Model) -> None:
         model.sequence.release()
         self.models.remove(model)
+
+    @precondition(lambda self: self.models)
+    @rule(data=st.data(), prompt_tokens=st.integers(1, 40), answer=st.integers(0, 16))
+    def look_what_would_fit(self, data: st.DataObject, prompt_tokens: int, answer: int) -> None:
+        """Without some of the sequences: as the pool would say had they been released, which a copy of it tells."""
+        prompt = self.base[:prompt_tokens]
+        digests = self.pool.digests(np.array(prompt, np.int64))
+        leaving = data.draw(st.lists(st.sampled_from(self.models), unique_by=id))
+        predicted = self.pool.fits(len(prompt) + answer, digests, [model.sequence for model in leaving])
+        pool, released = copy.deepcopy((self.pool, [model.sequence for model in leaving]))
+        for sequence in released:
+            sequence.release()
+        assert predicted == pool.fits(len(prompt) + answer, digests)
 
     @precondition(lambda self: not self.models)
     @rule()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from runtime.engines.fake import FACTS
 from runtime.engines.protocol import PoolGeometry
-from runtime.errors import Cancelled, DeadlineTooShort, InvalidRequest, QueueFull
+from runtime.errors import Cancelled, DeadlineTooShort, DgemmaError, InvalidRequest, QueueFull
 from runtime.pool import PagePool
 from runtime.scheduler import Limits, Scheduler
 from runtime.ticket import Priority, Ticket
@@ -42,7 +43,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.active: list[Ticket[int]] = []
         self.suspended: list[Ticket[int]] = []
         self.unswept: list[Ticket[int]] = []
-        """Cancelled while they waited."""
+        """Cancelled, or crowded out, while they waited."""
+        self.reasons: dict[int, type[DgemmaError]] = {}
+        """Of those that must end, why."""
+        self.begun: set[int] = set()
+        """Those that were ever admitted."""
 
     def tickets(self) -> list[Ticket[int]]:
         return [*self.waiting, *self.active, *self.suspended, *self.unswept]
@@ -59,24 +64,41 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def submit(self, tokens: int, seconds: int | None, client: str, priority: Priority, at_once: bool) -> None:
         deadline = None if seconds is None else self.now + seconds
+        ticket = Ticket(next(self.names), tokens, self.now, deadline, client=client, priority=priority)
+        crowded_out = self.crowded_out(ticket)
         refusal = (
             InvalidRequest
             if tokens > PAGE * PAGES
             else DeadlineTooShort
             if seconds == 0
             else QueueFull
-            if len(self.waiting) >= self.max_waiting
+            if crowded_out is ticket
             else None
         )
-        ticket = Ticket(next(self.names), tokens, self.now, deadline, client=client, priority=priority)
         if refusal is None:
             self.scheduler.submit(ticket)
             self.waiting.append(ticket)
+            if crowded_out is not None:
+                self.waiting.remove(crowded_out)
+                self.unswept.append(crowded_out)
+                self.reasons[crowded_out.work] = QueueFull
         else:
             with pytest.raises(refusal):
                 self.scheduler.submit(ticket)
         if at_once:
             self.admit()
+
+    def crowded_out(self, newcomer: Ticket[int]) -> Ticket[int] | None:
+        """Who has no place with the newcomer: of the clients that would have most, of least priority, the newest."""
+        there = [*self.waiting, newcomer]
+        if len(there) <= self.max_waiting:
+            return None
+        crowd = [ticket for ticket in there if ticket.work not in self.begun]
+        share = {client: sum(ticket.client == client for ticket in there) for client in CLIENTS}
+        most = max(share[ticket.client] for ticket in crowd)
+        crowd = [ticket for ticket in crowd if share[ticket.client] == most]
+        least = min(ticket.priority for ticket in crowd)
+        return max((ticket for ticket in crowd if ticket.priority == least), key=lambda ticket: ticket.work)
 
     @rule()
     def admit(self) -> None:
@@ -84,10 +106,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for ticket in admission.sent_back:
             assert ticket.priority == Priority.BATCH, "who is watched gave way"
             self.active.remove(ticket)
-            (self.unswept if ticket.cancelled else self.waiting).append(ticket)
+            (self.unswept if ticket.ending is not None else self.waiting).append(ticket)
         for ticket in admission.admitted:
             self.waiting.remove(ticket)
             self.active.append(ticket)
+            self.begun.add(ticket.work)
+        for ticket in admission.sent_back:
+            claims = [other for other in admission.admitted if other.priority > ticket.priority or self.aged(other)]
+            assert claims, "somebody gave way in vain"
         assert self.pages(self.active) <= PAGES
         assert len(self.active) <= self.places
         aged = [ticket for ticket in self.active if self.aged(ticket)]
@@ -97,8 +123,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(fitting) < len(self.waiting), "all that wait would fit, and there is a place"
         if not batch_only and not any(map(self.aged, self.waiting)):
             # Nobody who waits has a place kept: those that are watched leave none to the others but by their size.
-            yielding = [ticket for ticket in self.active if ticket.priority == Priority.BATCH and ticket not in aged]
-            assert not yielding, "batch work keeps its place while somebody watches the queue"
+            staying = [ticket for ticket in self.active if ticket.priority == Priority.INTERACTIVE or ticket in aged]
+            if len(staying) < min(self.places, len(self.active)):
+                watched = [ticket for ticket in self.waiting if ticket.priority == Priority.INTERACTIVE]
+                in_vain = [ticket for ticket in watched if self.pages([*staying, ticket]) > PAGES]
+                assert in_vain, "batch work keeps its place while somebody watches the queue"
 
     def aged(self, ticket: Ticket[int]) -> bool:
         return ticket.priority == Priority.BATCH and self.now - ticket.submitted >= 20.0
@@ -122,6 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         ticket = data.draw(st.sampled_from(self.tickets()))
         self.scheduler.cancel(ticket)
+        self.reasons.setdefault(ticket.work, Cancelled)
         if ticket in self.waiting:
             self.waiting.remove(ticket)
             self.unswept.append(ticket)
@@ -138,7 +168,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.suspended.append(ticket)
         else:
             self.scheduler.send_back(ticket)
-            (self.unswept if ticket.cancelled else self.waiting).append(ticket)
+            (self.unswept if ticket.ending is not None else self.waiting).append(ticket)
 
     @precondition(lambda self: self.suspended)
     @rule(data=st.data())
@@ -146,7 +176,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ticket = data.draw(st.sampled_from(self.suspended))
         self.scheduler.resume(ticket)
         self.suspended.remove(ticket)
-        (self.unswept if ticket.cancelled else self.waiting).append(ticket)
+        (self.unswept if ticket.ending is not None else self.waiting).append(ticket)
 
     @rule(seconds=st.integers(1, 12))
     def pass_time(self, seconds: int) -> None:
@@ -155,9 +185,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         expected = {
-            ticket.work: Cancelled if ticket.cancelled else DeadlineTooShort
+            ticket.work: self.reasons.get(ticket.work, DeadlineTooShort)
             for ticket in self.tickets()
-            if ticket.cancelled or (ticket.deadline is not None and ticket.deadline <= self.now)
+            if ticket.work in self.reasons or (ticket.deadline is not None and ticket.deadline <= self.now)
         }
         swept = self.scheduler.sweep()
         assert {ticket.work: type(error) for ticket, error in swept} == expected
@@ -398,6 +428,88 @@ def test_batch_requests_give_way_and_come_back() -> None:
     assert [ticket.work for ticket in admission.admitted] == ["watched"]
     desk.scheduler.finish(watched)
     assert desk.admit() == ["second", "third"]
+
+
+def test_nobody_gives_way_in_vain() -> None:
+    """Catches batch work that is sent back, and encoded anew, for a request that finds no room even so."""
+    desk = Desk(Limits(max_active=4))
+    held = desk.submit("held", 6 * PAGE)
+    for name in ("first", "second"):
+        desk.submit(name, 2 * PAGE, priority=Priority.BATCH)
+    assert desk.admit() == ["held", "first", "second"]
+    desk.submit("large", 7 * PAGE)
+    for _ in range(3):
+        admission = desk.scheduler.admit()
+        assert (admission.admitted, admission.sent_back) == ([], [])
+    desk.scheduler.finish(held)
+    assert desk.admit() == ["large"]
+    assert {ticket.work for ticket in desk.scheduler.active} == {"large", "first", "second"}
+
+
+def test_who_frees_nothing_that_is_needed_stays() -> None:
+    """The newest go first, but not those without whom the older ones would have to go all the same."""
+    desk = Desk(Limits(max_active=4))
+    for name, pages in (("large", 8), ("small", 1), ("smaller", 1)):
+        desk.submit(name, pages * PAGE, priority=Priority.BATCH)
+    desk.admit()
+    desk.submit("watched", 10 * PAGE)
+    assert [ticket.work for ticket in desk.scheduler.admit().sent_back] == ["large"]
+
+
+def test_one_client_cannot_fill_the_queue_for_others() -> None:
+    """A flood fills it while it is alone; others take their shares from it, each request at once, and keep them."""
+    desk = Desk(Limits(max_active=1, max_waiting=6))
+    desk.submit("running")
+    desk.admit()
+    flood = [desk.submit(f"flood {number}", client="flood") for number in range(6)]
+    with pytest.raises(QueueFull):
+        desk.submit("flood 6", client="flood")
+    for number in range(3):
+        desk.submit(f"ann {number}", client="ann")
+    with pytest.raises(QueueFull):
+        desk.submit("ann 3", client="ann")
+    with pytest.raises(QueueFull):
+        desk.submit("flood 7", client="flood")
+    told = desk.scheduler.sweep()
+    assert [ticket for ticket, _ in told] == flood[:2:-1], "the newest go first"
+    assert all(isinstance(error, QueueFull) and error.waiting == 6 and error.retry_after > 0 for _, error in told)
+    assert desk.scheduler.waiting == 6
+
+
+def test_batch_work_leaves_the_queue_to_who_is_watched() -> None:
+    """Of one client too; and among clients that have equally many. What was begun is never thrown out."""
+    desk = Desk(Limits(max_active=1, max_waiting=2))
+    begun = desk.submit("begun", client="ann", priority=Priority.BATCH)
+    desk.admit()
+    desk.submit("batch", client="ann", priority=Priority.BATCH)
+    desk.submit("watched", client="bob")
+    assert [ticket.work for ticket in desk.scheduler.admit().sent_back] == ["begun"]
+    desk.submit("watched too", client="ann")
+    assert [ticket.work for ticket, _ in desk.scheduler.sweep()] == ["batch"]
+    with pytest.raises(QueueFull):
+        desk.submit("batch again", client="ann", priority=Priority.BATCH)
+    assert begun.ending is None
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from(Priority)), max_size=80), st.integers(1, 12))
+def test_shares_of_a_full_queue(submissions: list[tuple[str, Priority]], most: int) -> None:
+    """Whoever floods, in any order: what a client has at the end is its share, or all that it asked for."""
+    desk = Desk(Limits(max_active=1, max_waiting=most))
+    desk.submit("running", client="running")
+    desk.admit()
+    refused = 0
+    for number, (client, priority) in enumerate(submissions):
+        try:
+            desk.submit(str(number), client=client, priority=priority)
+        except QueueFull:
+            refused += 1
+    refused += len(desk.scheduler.sweep())
+    waiting = Counter(ticket.client for ticket in desk.scheduler._line)
+    assert waiting.total() == min(most, len(submissions)) == len(submissions) - refused, "a place is left, or one lost"
+    asked = Counter(client for client, _ in submissions)
+    for client, count in asked.items():
+        if waiting[client] < count:
+            assert waiting[client] >= max(waiting.values()) - 1, "another client has more than its share"
 
 
 def test_a_request_can_come_in_and_give_way_at_once() -> None:
