@@ -52,7 +52,7 @@ class PromptThreads:
 
         Raises:
             QueueFull: too many bytes wait.
-            Draining: it was closed meanwhile.
+            Draining: it is closed, or was so meanwhile.
         """
         lane = self._short if size <= SHORT_BYTES else self._long
         return await lane.run(size, act, client)
@@ -85,8 +85,11 @@ class _Lane:
         """By client, what is being done included."""
         self._pace = FIRST_PACE
         self._callers: set[asyncio.Future[Any]] = set()
+        self._closed = False
 
     async def run(self, size: int, act: Callable[[], T], client: str) -> T:
+        if self._closed:
+            raise _draining()
         work = _Work(size, act)
         self._enter(work, client)
         loop = asyncio.get_running_loop()
@@ -107,10 +110,11 @@ class _Lane:
             work.done.cancel()
 
     def close(self) -> None:
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         for outcome in self._callers:
             if not outcome.done():
-                outcome.set_exception(Draining("the server is shutting down; ask another one"))
+                outcome.set_exception(_draining())
 
     def _enter(self, work: _Work, client: str) -> None:
         with self._lock:
@@ -156,6 +160,10 @@ class _Lane:
                 line.remove(work)
                 if not line:
                     del self._lines[client]
+
+
+def _draining() -> Draining:
+    return Draining("the server is shutting down; ask another one")
 
 
 def _hand_over(done: Future[T], outcome: asyncio.Future[T]) -> None:
