@@ -70,8 +70,11 @@ class Generation:
         """Which piece is being encoded, how many of its tokens are, and how many tokens are in all."""
         self._blocks = self._output_tokens = self._denoising_steps = 0
         self._shared_tokens = 0
+        self.made_tokens = 0
+        """Tokens made for this stream so far: those committed, and those of the open block as it stands."""
         self._queue_seconds = self._prefill_seconds = self._denoise_seconds = 0.0
         self._take_over(request.committed_ids)
+        self._resumed_tokens = self._output_tokens
         self._canvas = self._new_canvas()
         self.finished = False
         """True once a Finished event was handed out."""
@@ -139,14 +142,19 @@ class Generation:
         self._piece = self._done = self._position = self._shared_tokens = 0
         self._denoising_steps -= self._canvas.steps_made
         self._canvas = self._new_canvas()
+        self.made_tokens = self._output_tokens - self._resumed_tokens
 
     def denoised(self, readout: Readout, seconds: float, draft: bool) -> list[Event]:
         """The `Denoise` call is done; `seconds` is how long it took, `draft` asks for a Draft among the events."""
         self._denoise_seconds += seconds
         self._denoising_steps += 1
         step = self._canvas.advance(readout)
-        events: list[Event] = [self._draft(step, readout)] if draft else []
-        return events + self._commit() if self._canvas.finished else events
+        open_ids, _ = self._cut(readout.argmax_ids)
+        events: list[Event] = [self._draft(step, readout, open_ids)] if draft else []
+        if self._canvas.finished:
+            events, open_ids = events + self._commit(), open_ids[:0]
+        self.made_tokens = self._output_tokens - self._resumed_tokens + len(open_ids)
+        return events
 
     def _rest(self) -> NDArray[np.int64]:
         return self._pieces[self._piece][self._done :]
@@ -173,8 +181,7 @@ class Generation:
             self._blocks += 1
             self._output_tokens += length
 
-    def _draft(self, step: DenoisingStep, readout: Readout) -> Draft:
-        token_ids, _ = self._cut(readout.argmax_ids)
+    def _draft(self, step: DenoisingStep, readout: Readout, token_ids: NDArray[np.int64]) -> Draft:
         preview = self._answer.preview(token_ids)
         return Draft(
             block_index=self._blocks,

@@ -23,14 +23,21 @@ from runtime.ticket import Priority, Ticket
 log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT = 30.0
-"""Seconds that `close` waits for the call in progress; far beyond any call, so a longer one hangs."""
+"""Seconds that `drain` and `close` wait for the call in progress, where they are told nothing else."""
+
+SHUT_DOWN = "the server shut down before the request was done; ask another one"
 
 
 class Handle:
     """A submitted request. Safe to use from any thread, also after the request has ended."""
 
-    def __init__(self, cancel: Callable[[], None], wake: Callable[[], None]) -> None:
-        self._cancel, self._wake = cancel, wake
+    def __init__(self, cancel: Callable[[], None], wake: Callable[[], None], made_tokens: Callable[[], int]) -> None:
+        self._cancel, self._wake, self._made_tokens = cancel, wake, made_tokens
+
+    @property
+    def made_tokens(self) -> int:
+        """Tokens of the answer so far: those committed, and those of the open block as it stands."""
+        return self._made_tokens()
 
     def cancel(self) -> None:
         """End the request within one engine call: its sink gets `Cancelled` unless it has ended before."""
@@ -157,10 +164,12 @@ class Runner:
             self._scheduler.submit(ticket)
             self._idle.clear()
         self._signal.set()
-        return Handle(lambda: self._cancel(ticket), self._signal.set)
+        return Handle(lambda: self._cancel(ticket), self._signal.set, lambda: prepared.generation.made_tokens)
 
-    def drain(self, grace: float) -> bool:
+    def drain(self, grace: float, patience: float = CLOSE_TIMEOUT) -> bool:
         """Take no more requests and wait up to `grace` seconds for the others; the rest end with `Draining`.
+
+        That is once the call in progress has returned, for which this waits `patience` seconds.
 
         Returns:
             Whether all of them ended by themselves.
@@ -170,20 +179,22 @@ class Runner:
         drained = self._idle.wait(grace)
         self._abandoning = True
         self._signal.set()
-        self._idle.wait(CLOSE_TIMEOUT)
+        self._idle.wait(patience)
         return drained
 
-    def close(self) -> None:
-        """End every request and the thread, and close the engine."""
-        self.drain(0)
-        self._closing = True
+    def close(self, patience: float = CLOSE_TIMEOUT) -> None:
+        """End every request and the thread, and close the engine.
+
+        A call that takes longer than `patience` seconds is left behind with its thread, and the engine with it.
+        """
+        self._draining = self._abandoning = self._closing = True
         self._signal.set()
         if self._thread.ident is None:
-            self._calls.close()
+            self._stop()
             return
-        self._thread.join(CLOSE_TIMEOUT)
+        self._thread.join(patience)
         if self._thread.is_alive():
-            log.error("an engine call has not returned for %s s; leaving its thread behind", CLOSE_TIMEOUT)
+            log.error("an engine call has not returned for %s s; leaving its thread behind", patience)
 
     def _cancel(self, ticket: Ticket[Job]) -> None:
         with self._lock:
@@ -208,7 +219,7 @@ class Runner:
             self._draining = True
             left = self._scheduler.drop_all()
         for ticket in left:
-            self._put(ticket, EngineFault(secrets.token_hex(8)))
+            self._put(ticket, Draining(SHUT_DOWN) if self._closing else EngineFault(secrets.token_hex(8)))
         self._idle.set()
         self._calls.close()
 
@@ -231,8 +242,7 @@ class Runner:
         with self._lock:
             ended = self._scheduler.sweep()
             if self._abandoning:
-                draining = Draining("the server shut down before the request was done; ask another one")
-                ended += [(ticket, draining) for ticket in self._scheduler.drop_all()]
+                ended += [(ticket, Draining(SHUT_DOWN)) for ticket in self._scheduler.drop_all()]
         for ticket, error in ended:
             self._put(ticket, error)
         with self._lock:

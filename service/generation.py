@@ -53,8 +53,10 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.CountTokensResponse:
         """Counts a prompt's tokens."""
         with self._intake.enter():
+            account = self._intake.spender()
             self._served.check_model(request.model)
             ids = await self._intake.prepared(request.ByteSize(), partial(self._served.prompt_ids, request))
+            account.spend(len(ids))
             return generation_pb2.CountTokensResponse(token_count=len(ids))
 
     def _order(self, request: generation_pb2.GenerateRequest) -> Order:

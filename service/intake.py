@@ -12,10 +12,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from typing import TypeVar
 
-from runtime.errors import DeadlineTooShort
+from runtime.errors import DeadlineTooShort, QueueFull
 from service.authentication import CALLER
 from service.calls import Calls
-from service.held_texts import HeldTexts
+from service.held_texts import HeldTexts, Hold
 from service.mailbox import Mailbox
 from service.pace import Pace
 from service.prompt_threads import PromptThreads
@@ -49,7 +49,11 @@ class Intake:
         """Have a generation under way inside the block, before its prompt is looked at; see `Quotas.generation`."""
         return self._quotas.generation(CALLER.get().name)
 
-    def conversation(self) -> AbstractContextManager[Callable[[int], None]]:
+    def spender(self) -> Account:
+        """The account of the client, which has tokens left; see `Quotas.spender`."""
+        return self._quotas.spender(CALLER.get().name)
+
+    def conversation(self) -> AbstractContextManager[Hold]:
         """Have a conversation open inside the block, and count what it holds; see `HeldTexts.conversation`."""
         return self._texts.conversation(CALLER.get().name)
 
@@ -73,12 +77,16 @@ class Intake:
             handle = self.served.runner.submit(
                 order.prepared, mailbox, deadline, client=CALLER.get().name, priority=order.delivery.priority
             )
-        account.spend(len(request.prompt_ids) + len(request.committed_ids))
+        encoded = len(request.prompt_ids) + len(request.committed_ids)
+        account.spend(encoded)
         running = Running(mailbox, handle, account, self._pace)
         if time_remaining is not None:
             running.begin_within(time_remaining - least)
         try:
             yield running
+        except QueueFull:  # It was crowded out of the queue: nothing was done for it.
+            account.spend(-encoded)
+            raise
         finally:
             running.close()
 

@@ -8,8 +8,8 @@
    second signal ends; what is left then ends with UNAVAILABLE.
 5. The engine's thread ends and gives its memory back.
 
-An engine that hangs ends the process too: NOT_SERVING, UNAVAILABLE for everybody, and an exit code that makes a
-supervisor start another one.
+An engine that hangs ends the process too, in the midst of the grace time as well: NOT_SERVING, UNAVAILABLE for
+everybody, and an exit code that makes a supervisor start another one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from runtime.errors import DgemmaError
 from runtime.runner import Runner
 from service.address import stays_here
 from service.security import Security, SecuritySettings
 from service.served import Served
-from service.server import Server, on_own_thread
+from service.server import LAST_CALL, Server, on_own_thread
 
 logger = logging.getLogger(__name__)
 
 LIVENESS_INTERVAL = 1.0
 """Seconds between two looks at the engine's thread: as long as a dead server may call itself SERVING."""
-
 
 STALL = 300.0
 """Seconds; the slowest call there should be is a chunk of 256 tokens through 25 billion parameters on a few cores."""
@@ -106,18 +106,17 @@ async def serve(
         await server.start(served)
         _log("serving", address=server.address, model=served.facts.name, seconds=round(time.monotonic() - began, 3))
         announce(server.address)
-        stalled = await _until(signals.requested, served.runner, stall)
+        ending = asyncio.create_task(_drained(server, served.runner, signals, grace))
+        stalled = await _stalls(served.runner, stall, ending)
         if stalled:
+            _log("stalled", seconds=stall)
+            ending.cancel()
             await server.abandon()
             raise EngineStalled(f"the engine has not returned from a call for {stall:g} s; the process ends")
-        _log("draining", grace=grace)
-        drained = await server.stop(grace, signals.hurried)
-        _log("stopped", drained=drained)
-        if not signals.requested.is_set():
-            raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
+        await ending
     finally:
         if not stalled:
-            await on_own_thread(served.runner.close)
+            await on_own_thread(partial(served.runner.close, LAST_CALL))
 
 
 async def _loaded(load: Callable[[], Served], requested: asyncio.Event) -> Served | None:
@@ -148,18 +147,24 @@ async def _loaded(load: Callable[[], Served], requested: asyncio.Event) -> Serve
     return outcome[0]
 
 
-async def _until(requested: asyncio.Event, runner: Runner, stall: float) -> bool:
-    """Wait for the signal, the end of the engine's thread, or its standing still: the latter two are looked for.
-
-    Returns:
-        Whether it stands still.
-    """
-    while runner.alive and not requested.is_set():
-        if runner.stalled_for > stall:
-            _log("stalled", seconds=stall)
-            return True
+async def _drained(server: Server, runner: Runner, signals: Signals, grace: float) -> None:
+    """Wait for a signal, or the end of the engine's thread, which is looked for; then drain."""
+    while runner.alive and not signals.requested.is_set():
         with suppress(TimeoutError):
-            await asyncio.wait_for(requested.wait(), LIVENESS_INTERVAL)
+            await asyncio.wait_for(signals.requested.wait(), LIVENESS_INTERVAL)
+    _log("draining", grace=grace)
+    drained = await server.stop(grace, signals.hurried)
+    _log("stopped", drained=drained)
+    if not signals.requested.is_set():
+        raise EngineDied("the engine's thread ended by itself, which is a bug; the log above tells of it")
+
+
+async def _stalls(runner: Runner, stall: float, ending: asyncio.Task[None]) -> bool:
+    """Watch an engine until its server's end; whether it stands still before."""
+    while not ending.done():
+        if runner.stalled_for > stall:
+            return True
+        await asyncio.wait([ending], timeout=LIVENESS_INTERVAL)
     return False
 
 

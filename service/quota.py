@@ -1,9 +1,9 @@
 """What one client may have at a time and in a minute, however many connections it opens.
 
-Tokens are counted as they are spent: a prompt's when it is queued, with what a resumed answer has committed before, an
-answer's block by block. A client whose tokens are spent is refused until enough time has passed; what it has under way
-goes on, into debt if need be, so that no answer is cut and no request needs a guess of its length. Over time the rate
-is kept exactly.
+Tokens are counted as they are spent: a prompt's when it is queued, with what a resumed answer has committed before, or
+once it is counted, where nothing else is asked; an answer's block by block. A client whose tokens are spent is refused
+until enough time has passed; what it has under way goes on, into debt if need be, so that no answer is cut and no
+request needs a guess of its length. Over time the rate is kept exactly.
 """
 
 from __future__ import annotations
@@ -49,11 +49,15 @@ class Account:
             self._level = min(minute, self._level + minute / 60 * (now - self._updated))
         self.limits, self._updated = limits, now
 
-    def check(self) -> None:
-        """Raise `ClientLimitReached` where nothing more may be begun."""
+    def check_concurrent(self) -> None:
+        """Raise `ClientLimitReached` where no more generations may be begun."""
         limits = self.limits
         if limits.max_concurrent is not None and self.open >= limits.max_concurrent:
             raise ClientLimitReached("max_concurrent", limits.max_concurrent, RETRY_CONCURRENCY)
+
+    def check_tokens(self) -> None:
+        """Raise `ClientLimitReached` where no tokens are left."""
+        limits = self.limits
         if limits.tokens_per_minute is not None and self._level <= 0:
             wait = (1 - self._level) * 60 / limits.tokens_per_minute
             raise ClientLimitReached("tokens_per_minute", limits.tokens_per_minute, wait)
@@ -90,13 +94,23 @@ class Quotas:
         Raises:
             ClientLimitReached: the client has too much under way, or has spent its tokens.
         """
-        account = self._account(client)
-        account.check()
+        account = self.spender(client)
+        account.check_concurrent()
         account.open += 1
         try:
             yield account
         finally:
             account.open -= 1
+
+    def spender(self, client: str) -> Account:
+        """The account of a client that has tokens left, for what is no generation.
+
+        Raises:
+            ClientLimitReached: it has none.
+        """
+        account = self._account(client)
+        account.check_tokens()
+        return account
 
     def _account(self, client: str) -> Account:
         limits, now = self._limits_of(client), self._clock()

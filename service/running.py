@@ -1,4 +1,9 @@
-"""A generation that was submitted, as its call sees it: its events, what they cost, and when it is given up."""
+"""A generation that was submitted, as its call sees it: its events, what they cost, and when it is given up.
+
+An answer is paid for block by block, as the blocks are read. One that is given up is paid for as it stands by then,
+with the blocks that nobody has read and the one that is open: else who reads the drafts and cancels would have it for
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +27,8 @@ class Running:
     def __init__(self, mailbox: Mailbox, handle: Handle, account: Account, pace: Pace) -> None:
         self._mailbox, self._handle, self._account, self._pace = mailbox, handle, account, pace
         mailbox.wake = handle.wake
+        self._paid = 0
+        """Tokens of the answer."""
         self._timers: list[asyncio.TimerHandle] = []
         self._look_after_reader()
 
@@ -33,7 +40,7 @@ class Running:
         """
         event = await self._mailbox.get()
         if isinstance(event, Committed):
-            self._account.spend(len(event.token_ids))
+            self._pay(self._paid + len(event.token_ids))
         if isinstance(event, Finished):
             self._pace.learn(event.usage)
         return event
@@ -56,6 +63,12 @@ class Running:
         for timer in self._timers:
             timer.cancel()
         self._handle.cancel()
+        self._pay(self._handle.made_tokens)
+
+    def _pay(self, tokens: int) -> None:
+        """Spend what the answer costs by now, less what is paid."""
+        self._account.spend(max(0, tokens - self._paid))
+        self._paid = max(tokens, self._paid)
 
     def _look_after_reader(self) -> None:
         idle = self._mailbox.seconds_parked

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -37,6 +37,10 @@ SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
+
+LAST_CALL = 2.0
+"""Seconds that the engine's call in progress has to return once nobody waits for it any more. It may take minutes (a
+large model on few cores) or never return: the process ends all the same."""
 
 LAST_WRITES = 1.0
 """Seconds after the grace time in which statuses still reach clients that read; the others are cut off."""
@@ -116,18 +120,33 @@ def _bind(server: grpc.aio.Server, address: str, credentials: grpc.ServerCredent
 
 async def _drained(runner: Runner, grace: float, hurried: asyncio.Event) -> bool:
     """Whether the runner's requests ended by themselves, in the grace time or until somebody was in a hurry."""
-    draining = asyncio.create_task(on_own_thread(partial(runner.drain, grace)))
+    draining = asyncio.create_task(on_own_thread(partial(runner.drain, grace, LAST_CALL)))
     hurry = asyncio.create_task(hurried.wait())
     await asyncio.wait([draining, hurry], return_when=asyncio.FIRST_COMPLETED)
     hurry.cancel()
     if draining.done():
         return await draining
-    await on_own_thread(partial(runner.drain, 0))
-    await draining
+    await on_own_thread(partial(runner.drain, 0, LAST_CALL))
+    draining.cancel()
     return False
 
 
 async def on_own_thread(act: Callable[[], T]) -> T:
-    """`act`'s result, from a thread that no request can occupy."""
-    with ThreadPoolExecutor(max_workers=1) as own:
-        return await asyncio.get_running_loop().run_in_executor(own, act)
+    """`act`'s result, from a thread that no request can occupy, and that nobody waits for where this is cancelled."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def tell(result: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(lambda: None if done.done() else result())
+
+    def run() -> None:
+        try:
+            result = act()
+        except BaseException as error:
+            tell(partial(done.set_exception, error))
+        else:
+            tell(partial(done.set_result, result))
+
+    threading.Thread(target=run, name="ending", daemon=True).start()
+    return await done

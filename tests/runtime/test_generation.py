@@ -85,6 +85,36 @@ def commits(events: list[Event]) -> list[Committed]:
     return [event for event in events if isinstance(event, Committed)]
 
 
+def test_what_was_made_is_what_was_shown() -> None:
+    """After each step: the blocks committed by this stream, and of the open one what its draft shows. A resumed
+    stream counts none of the earlier ones, and one that begins anew counts its open block anew."""
+    resumed = replace(
+        generation(drafts=True).request, committed_ids=np.array([A] * LENGTH), sampling=replace(SAMPLING, seed=12)
+    )
+    stop = replace(SAMPLING, stop_strings=("EN",))
+    for subject in (
+        generation(drafts=True),
+        Generation(resumed, FACTS, DEFAULTS, VOCABULARY),
+        generation(stop, drafts=True),
+    ):
+        committed, canvases = 0, iter([canvas_of(), canvas_of(B), canvas_of(A, B, E, N, D, EOS)])
+        canvas, rewound = next(canvases), False
+        while not subject.finished:
+            if isinstance(subject.next_call(), Encode):
+                subject.encoded(0.0)
+                continue
+            events = subject.denoised(readout(canvas), 0.0, draft=True)
+            block = commits(events)
+            committed += sum(len(event.token_ids) for event in block)
+            [shown] = [len(event.token_ids) for event in events if isinstance(event, Draft)]
+            assert subject.made_tokens == committed + (0 if block else shown)
+            if committed and not block and not rewound:
+                subject.rewind()
+                rewound = True
+                assert subject.made_tokens == committed
+            canvas = next(canvases) if block and not subject.finished else canvas
+
+
 def test_prompt_is_encoded_in_chunks_before_anything_else() -> None:
     calls, _ = play(generation(prompt_length=10, chunk=4), [canvas_of(EOS)])
     encodes = [call for call in calls if isinstance(call, Encode)]

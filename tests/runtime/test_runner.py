@@ -617,6 +617,54 @@ def test_refusals() -> None:
         assert (active.answer(), waiting.answer()) == ([7], [8])
 
 
+def test_who_is_crowded_out_of_the_queue_is_told() -> None:
+    """Without waiting for the engine to be free for it: within the call in progress, while the newcomer is served."""
+    engine = FakeEngine()
+    gate = engine.hold("encode", 1)
+    with running(engine, Limits(max_active=1, max_waiting=2)) as runner, gate:
+        runner.submit(request(2, 7), active := Reader(), client="flood")
+        gate.wait_reached()
+        kept, crowded_out, late = Reader(), Reader(), Reader()
+        runner.submit(request(2, 8), kept, client="flood")
+        handle = runner.submit(request(2, 9), crowded_out, client="flood")
+        runner.submit(request(2, 10), late, client="other")
+        handle.cancel()
+        gate.release()
+        assert [reader.answer() for reader in (active, kept, late)] == [[7], [8], [10]]
+        [told] = crowded_out.rest()
+        assert isinstance(told, QueueFull)
+        assert told.waiting == 2
+    assert crowded_out.outcomes.empty()
+
+
+@pytest.mark.parametrize("way", ["drain", "close"])
+def test_a_call_that_does_not_return_holds_up_no_end(way: str) -> None:
+    """Nobody waits longer than asked to; once the call has returned its request is told."""
+    engine, reader = FakeEngine(), Reader()
+    gate = engine.hold("denoise", 1)
+    with running(engine) as runner, gate:
+        runner.submit(request(2, 7), reader)
+        gate.wait_reached()
+        if way == "drain":
+            assert not runner.drain(0, patience=0.01)
+        else:
+            runner.close(patience=0.01)
+            assert runner.alive
+        gate.release()
+        assert isinstance(reader.rest()[-1], Draining)
+
+
+def test_a_runner_that_was_never_started_closes() -> None:
+    """Catches one that waits for a thread that there is not, and requests that are told nothing."""
+    engine, reader = FakeEngine(), Reader()
+    generations = partial(Generation, facts=engine.facts, defaults=DEFAULTS, vocabulary=vocabulary())
+    runner = Runner(engine, generations)
+    runner.submit(request(2, 7), reader)
+    runner.close()
+    assert engine.closed
+    assert isinstance(reader.next(), Draining)
+
+
 def test_drain_lets_requests_end_and_takes_no_more() -> None:
     engine, reader = FakeEngine(), Reader()
     gate = engine.hold("denoise", 1)

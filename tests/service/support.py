@@ -160,6 +160,10 @@ class WatchedHandle(Handle):
     def wake(self) -> None:
         self._handle.wake()
 
+    @property
+    def made_tokens(self) -> int:
+        return self._handle.made_tokens
+
     async def wait_cancelled(self) -> None:
         """Wait until the handler has been left."""
         await asyncio.wait_for(self._cancelled.wait(), 30)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffusiongemma.v1 import generation_pb2, prompt_pb2
 from runtime.errors import ClientLimitReached
+from runtime.events import Committed
+from runtime.runner import Handle
+from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
-from service.quota import MAX_REMEMBERED, ClientLimits, Quotas
+from service.mailbox import Mailbox
+from service.pace import Pace
+from service.quota import MAX_REMEMBERED, Account, ClientLimits, Quotas
+from service.running import Running
 from service.security import SecuritySettings
-from tests.service.support import FIRST_CHARACTER, failure_of, finished, reached, request, serving
+from tests.service.support import FIRST_CHARACTER, Harness, failure_of, finished, reached, request, serving
 
 
 class Clock:
@@ -154,6 +164,100 @@ async def test_what_was_committed_before_is_paid_for(tmp_path: Path) -> None:
         assert await finished(harness.generation.Generate(resumed, timeout=60))
         failure = await failure_of(harness.generation.Generate(request("go"), timeout=60))
     assert failure.metadata["limit"] == "tokens_per_minute"
+
+
+async def paid_by(harness: Harness) -> float:
+    """What the one client has spent so far."""
+    [account] = harness.server._quotas._accounts.values()
+    return MINUTE - account._level
+
+
+MINUTE = 1_000_000
+PAID = SecuritySettings(limits=ClientLimits(tokens_per_minute=MINUTE))
+
+
+async def test_who_leaves_before_a_block_pays_for_what_it_could_read(tmp_path: Path) -> None:
+    """Catches an answer for nothing: read from its drafts, and cancelled before its block is committed."""
+    async with serving(tmp_path, {"go": "x" * 100}, steps=3, security=PAID) as harness:
+        harness.server._quotas._clock = lambda: 0.0
+        with harness.engine.hold("denoise", 4) as gate:  # of four: the third has shown the whole block
+            call = harness.generation.Generate(request("go"), timeout=60)
+            await reached(gate)
+            prompt = (await call.read()).started.prompt_token_count
+            call.cancel()
+            await (await harness.runner.submitted()).wait_cancelled()
+            assert await paid_by(harness) == prompt + 32
+
+
+async def test_blocks_that_nobody_reads_are_paid_for() -> None:
+    """Catches an engine that is kept busy for nothing, by a client that reads the first block alone and leaves."""
+    account, mailbox, made = Account(ClientLimits(tokens_per_minute=MINUTE), 0.0), Mailbox(), [0]
+    running = Running(mailbox, Handle(lambda: None, lambda: None, lambda: made[0]), account, Pace())
+    for block in range(3):
+        mailbox.put(Committed(block, np.zeros(32, np.int64), "", 4, True))
+    await running.next()
+    assert MINUTE - account._level == 32
+    made[0] = 3 * 32 + 7
+    running.close()
+    assert MINUTE - account._level == 3 * 32 + 7
+
+
+async def test_counting_is_paid_for(tmp_path: Path) -> None:
+    """Catches a method that keeps the tokeniser busy, and that no limit holds for."""
+    security = SecuritySettings(limits=ClientLimits(tokens_per_minute=60))
+    async with serving(tmp_path, security=security) as harness:
+        count = generation_pb2.CountTokensRequest(token_ids=prompt_pb2.TokenIds(ids=[5] * 100))
+        assert (await harness.generation.CountTokens(count, timeout=30)).token_count == 100
+        for call in (
+            harness.generation.CountTokens(count, timeout=30),
+            harness.generation.Generate(request("go"), timeout=30),
+        ):
+            failure = await failure_of(call)
+            assert (failure.code, failure.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CLIENT_LIMIT_REACHED")
+            assert failure.metadata["limit"] == "tokens_per_minute"
+
+
+async def test_counting_takes_no_generations_place(tmp_path: Path) -> None:
+    security = SecuritySettings(limits=ClientLimits(max_concurrent=1))
+    async with serving(tmp_path, security=security) as harness:
+        with harness.engine.hold("encode", 1) as gate:
+            call = harness.generation.Generate(request("first"), timeout=60)
+            await reached(gate)
+            count = generation_pb2.CountTokensRequest(token_ids=prompt_pb2.TokenIds(ids=[5]))
+            assert (await harness.generation.CountTokens(count, timeout=30)).token_count == 1
+        assert await finished(call)
+
+
+async def test_who_floods_the_queue_leaves_places_to_others(tmp_path: Path) -> None:
+    """Over a socket, two clients by their tokens: the flood's newest is told when to come again, and pays nothing."""
+    names = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("flood", "other")}
+    path = tmp_path / "clients.toml"
+    path.write_text("".join(f"[clients.{name}]\ntoken_sha256 = '{digest}'\n" for name, digest in names.items()))
+    security = SecuritySettings(clients=path, limits=ClientLimits(tokens_per_minute=10**9))
+
+    def generate(harness: Harness, client: str, text: str) -> Any:
+        metadata = (("authorization", f"Bearer {client}"),)
+        return harness.generation.Generate(request(text), timeout=60, metadata=metadata)
+
+    async with serving(tmp_path, security=security, limits=Limits(max_active=1, max_waiting=2)) as harness:
+        harness.server._quotas._clock = lambda: 0.0
+        with harness.engine.hold("encode", 1) as gate:
+            calls = []
+            for name in ("first", "second", "third"):
+                calls.append(generate(harness, "flood", name))
+                await harness.runner.submitted()
+            await reached(gate)
+            refused = await failure_of(generate(harness, "flood", "fourth"))
+            assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+            calls.append(generate(harness, "other", "hello"))
+            await harness.runner.submitted()
+        crowded_out = await failure_of(calls.pop(2))
+        assert (crowded_out.code, crowded_out.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert crowded_out.retry_after is not None
+        spent = [sum([_tokens_of(response) async for response in call]) for call in calls]
+        assert len(spent) == 3
+        left = harness.server._quotas._accounts["flood"]
+        assert 10**9 - left._level == sum(spent[:2])
 
 
 async def test_who_may_have_nothing_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from diffusiongemma.v1 import generation_pb2, model_pb2, prompt_pb2
 from runtime.events import Committed, Event, Finished, Started
 from service.client import CallFailed
-from service.server import SERVICES
+from service.server import LAST_CALL, LAST_WRITES, SERVICES
 from tests.service.processes import ROOT, fake_server
 from tests.service.support import failure_of, finished, reached, request, serving
 
@@ -280,6 +281,34 @@ def test_a_server_whose_engine_hangs_ends(tmp_path: Path) -> None:
         assert [state.status for state in _until_broken(states)] == [Status.NOT_SERVING]
         assert server.exit_code() != 0
         assert "stalled" in server.log()
+
+
+def test_a_server_whose_engine_hangs_while_it_drains_ends(tmp_path: Path) -> None:
+    """Catches a watchdog that looks until the signal alone: clients would wait for a grace time of an hour."""
+    with fake_server(tmp_path, answers={"go": LONG}, hold=["denoise", 2], stall=2.0, grace=3600.0) as server:
+        events = iter(server.client.generate("go", timeout=60))
+        next(events)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(CallFailed) as caught:
+            list(events)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert server.exit_code() != 0
+        log = server.log()
+        assert log.index("draining") < log.index("stalled")
+
+
+def test_a_call_that_takes_long_does_not_hold_up_the_exit(tmp_path: Path) -> None:
+    """One that is not taken to hang yet: after the grace time nobody waits half a minute, thrice, for its end."""
+    with fake_server(tmp_path, answers={"go": LONG}, hold=["denoise", 2], grace=0.2) as server:
+        events = iter(server.client.generate("go", timeout=60))
+        next(events)
+        signalled = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(CallFailed) as caught:
+            list(events)
+        assert caught.value.code is grpc.StatusCode.UNAVAILABLE
+        assert server.exit_code() == 0
+        assert time.monotonic() - signalled < 0.2 + 2 * LAST_CALL + LAST_WRITES + 10
 
 
 def _until_broken(states: Iterator[Any]) -> Iterator[Any]:
