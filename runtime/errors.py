@@ -14,6 +14,7 @@
     ├── Draining             the server is shutting down
     ├── Cancelled            the caller withdrew the request
     ├── ReaderTooSlow        the caller did not read what it had asked for
+    ├── SenderTooSlow        the caller did not send what it had begun to send
     └── EngineFault          the engine failed; carries a correlation id
 
 The service maps each class to one gRPC status (`service/status.py`); a test fails for a class without one.
@@ -112,6 +113,10 @@ class Cancelled(DgemmaError):
 
 class ReaderTooSlow(DgemmaError):
     """The caller did not read what it had asked for, so that the request was given up."""
+
+
+class SenderTooSlow(DgemmaError):
+    """The caller did not send in time what it had begun to send."""
 
 
 class EngineFault(DgemmaError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -20,6 +20,7 @@ from diffusiongemma.v1 import generation_pb2
 from runtime.errors import Cancelled, InvalidRequest, QueueFull, Violation
 from runtime.events import Committed, Event, Finished
 from runtime.prompt import Message, Role
+from service.held_texts import Hold
 from service.intake import Intake
 from service.mapping import event_proto, messages_of, text_of
 from service.quota import Account
@@ -76,7 +77,7 @@ class Conversation:
         self._failure: Exception | None = None
         """What `_read` met."""
         self._changed = asyncio.Event()
-        self._count_held: Callable[[int], None] = lambda count: None
+        self._count_held: Hold = lambda count, made=False: None
         """While the stream is open; see `Intake.conversation`."""
 
     async def hold(self, requests: AsyncIterator[generation_pb2.ConverseRequest]) -> None:
@@ -190,6 +191,7 @@ class Conversation:
             self._count_held(-turn.size)
             await self._write(turn, {"cancelled": generation_pb2.TurnCancelled()})
         else:
+            self._count_held(len(answer), made=True)
             self._history += [question, Message(Role.MODEL, answer)]
 
     async def _run(self, turn: _Turn, order: Order, account: Account) -> str:

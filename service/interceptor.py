@@ -6,9 +6,10 @@ with a correlation id. gRPC's own signals pass through untouched: an abort that 
 (CancelledError), a generator that is closed (GeneratorExit), and the failed write to a client that has gone. Each call
 leaves one line in the log, without any of its content.
 
-Streaming handlers are run as coroutines that write, also where they are generators: a call that ends while its
-handler is suspended at `yield` would leave the generator to the garbage collector, one that awaits `write` learns of
-it there.
+All handlers are run as coroutines that read and write. gRPC would read the one message of a call before anybody is
+asked, so that who sends many of them in part fills the memory: here it is read when its client has a place for it
+(`service.receiving`). And a call that ends while its handler is suspended at `yield` would leave the generator to the
+garbage collector, one that awaits `write` learns of it there.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from google.rpc import status_pb2
 
 from runtime.errors import DgemmaError
 from service.authentication import CALLER, Authenticator, Caller, by_peer
+from service.receiving import Receiving
 from service.status import DETAILS_KEY, code_of, internal_status, status_of
 from service.wire import parse
 
@@ -43,8 +45,11 @@ Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any] | None"
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Guards every handler of a server."""
 
-    def __init__(self, authenticator: Authenticator, max_message_bytes: int) -> None:
+    def __init__(
+        self, authenticator: Authenticator, max_message_bytes: int, receiving: Receiving | None = None
+    ) -> None:
         self._authenticator, self._max_message_bytes = authenticator, max_message_bytes
+        self._receiving = receiving or Receiving()
 
     async def intercept_service(
         self,
@@ -64,32 +69,31 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     def _guard(
         self, handler: grpc.RpcMethodHandler[Any, Any], method: str, caller: Caller | None
     ) -> grpc.RpcMethodHandler[Any, Any]:
-        behaviours: dict[tuple[bool, bool], tuple[Any, Any]] = {
-            (False, False): (grpc.unary_unary_rpc_method_handler, handler.unary_unary),
-            (False, True): (grpc.unary_stream_rpc_method_handler, handler.unary_stream),
-            (True, False): (grpc.stream_unary_rpc_method_handler, handler.stream_unary),
-            (True, True): (grpc.stream_stream_rpc_method_handler, handler.stream_stream),
-        }
-        make, inner = behaviours[handler.request_streaming, handler.response_streaming]
+        inner: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if inspect.isasyncgenfunction(inner):
             inner = partial(_write_all, inner)
         kind = getattr(handler.request_deserializer, "__self__", None)
+        service = method.rpartition("/")[0]
         # `SomeMessage.FromString`, as all generated code hands in; anything else is left to gRPC.
         read = _as_it_is if kind is None else partial(parse, kind, limit=self._max_message_bytes)
-        taken = partial(_each, read) if handler.request_streaming else read
 
-        async def guarded(request: Any, context: Context) -> Any:
+        async def guarded(requests: AsyncIterator[Any], context: Context) -> None:
             async with _translated(method, context):
                 CALLER.set(caller or by_peer(context))
-                return await inner(taken(request), context)
+                if handler.request_streaming:
+                    response = await inner(_each(read, requests), context)
+                else:
+                    request = await self._receiving.only_message(requests, CALLER.get().name, service)
+                    response = await inner(read(request), context)
+                if not handler.response_streaming:
+                    await context.write(response)
 
         deserializer = handler.request_deserializer if kind is None else None
-        return cast("grpc.RpcMethodHandler[Any, Any]", make(guarded, deserializer, handler.response_serializer))
+        return grpc.stream_stream_rpc_method_handler(cast(Any, guarded), deserializer, handler.response_serializer)
 
 
 def _refusal(method: str, error: Exception) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler that refuses. It is one for streams whatever the method's is: for those gRPC does not wait until it has
-    read a message, so that a stranger cannot make the server hold one."""
+    """A handler that refuses, and reads nothing: a stranger cannot make the server hold a message."""
 
     async def refuse(_: Any, context: Context) -> None:
         async with _translated(method, context):

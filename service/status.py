@@ -91,6 +91,7 @@ TABLE: Mapping[type[errors.DgemmaError], Mapped] = {
     errors.Draining: Mapped(grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.Cancelled: Mapped(grpc.StatusCode.CANCELLED, "CANCELLED"),
     errors.ReaderTooSlow: Mapped(grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
+    errors.SenderTooSlow: Mapped(grpc.StatusCode.ABORTED, "SENDER_TOO_SLOW"),
     errors.EngineFault: Mapped(
         grpc.StatusCode.INTERNAL,
         "ENGINE_FAULT",

@@ -5,9 +5,13 @@ from __future__ import annotations
 MAX_MESSAGE_BYTES = 4 << 20
 """Largest message that is read. A prompt that fills a context of 262,144 tokens is about 1 MB, as text or as ids."""
 
-HARD_MESSAGE_BYTES = 4 * MAX_MESSAGE_BYTES
+HARD_MESSAGE_BYTES = MAX_MESSAGE_BYTES + (1 << 20)
 """Up to here an oversized message is read and refused with its details; beyond, gRPC refuses it by its header alone,
-with a bare RESOURCE_EXHAUSTED, so that nobody makes the server hold more."""
+with a bare RESOURCE_EXHAUSTED that tells both sizes, so that nobody makes the server hold more."""
+
+WINDOW_BYTES = 64 << 10
+"""What may be on its way on a call that nobody reads yet. gRPC would make it 16 MB as soon as a client sends fast; a
+message that is being read has all the room that it needs in any case."""
 
 MAX_CONNECTION_AGE = 3600
 """Seconds after which a connection takes no new calls and its client opens another one: load spreads over new servers,
@@ -26,6 +30,8 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would take turns at random, where the second should say that the port is taken.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", HARD_MESSAGE_BYTES),
+    ("grpc.http2.lookahead_bytes", WINDOW_BYTES),
+    ("grpc.http2.bdp_probe", 0),
     # Room for trace headers and credentials; above the soft limit gRPC refuses some requests, above the hard one all.
     ("grpc.max_metadata_size", 8 << 10),
     ("grpc.absolute_max_metadata_size", 16 << 10),

@@ -123,9 +123,8 @@ class Handlers:
         details: Any = _Details(f"/diffusiongemma.v1.{service}/{method}")
         guarded: Any = await self._interceptor.intercept_service(handler, details)
         context = _Context(found.response_serializer)
-        behaviour = guarded.stream_stream or guarded.unary_stream or guarded.unary_unary
-        request = _each(messages) if found.request_streaming else messages[0]
-        return await _ended(asyncio.create_task(behaviour(request, context)), context)
+        requests = _each(messages if found.request_streaming else messages[:1])
+        return await _ended(asyncio.create_task(guarded.stream_stream(requests, context)), context)
 
 
 @dataclass
@@ -153,7 +152,4 @@ async def _ended(task: asyncio.Task[Any], context: _Context) -> Ended:
     error = task.exception()
     if error is not None and not isinstance(error, grpc.aio.AbortError):
         raise Unmapped(f"{type(error).__name__} left the interceptor: {error}") from error
-    if error is None and task.result() is not None:
-        context.written.append(task.result())
-        context.serialize(task.result())
     return Ended(context.written, context.failure, left and context.failure is None)

@@ -425,6 +425,36 @@ async def test_what_conversations_hold_is_bounded(tmp_path: Path, monkeypatch: p
         await third.rest()
 
 
+async def test_answers_are_held_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches histories that grow by what the server itself has said, which nobody counts; the answer is still told."""
+    monkeypatch.setattr("service.held_texts.CLIENT_BYTES", 2000)
+    async with conversing(tmp_path, {"go": "x" * 1500}) as (_, stream):
+        await stream.send(setup(), turn("go"))
+        await stream.until("finished")
+        await stream.send(turn("y" * 600))
+        failure = await stream.failure()
+    assert failure.metadata == {"limit": "conversation_bytes", "value": "2000"}
+
+
+@pytest.mark.parametrize("whose", ["CLIENT", "ALL"])
+async def test_open_conversations_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """Each may hold a message that came in part; one that ends makes room for the next."""
+    monkeypatch.setattr(f"service.held_texts.{whose}_CONVERSATIONS", 1)
+    async with serving(tmp_path) as harness:
+        first = Stream(harness.generation.Converse(timeout=60))
+        await first.send(setup(), turn("hello"))
+        await first.until("finished")
+        second = Stream(harness.generation.Converse(timeout=60))
+        failure = await second.failure()
+        assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert failure.retry_after is not None
+        await first.rest()
+        third = Stream(harness.generation.Converse(timeout=60))
+        await third.send(setup(), turn("hello"))
+        await third.until("finished")
+        await third.rest()
+
+
 async def test_what_was_cancelled_is_no_longer_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches turns that count for the whole life of a stream though their text was let go."""
     monkeypatch.setattr("service.held_texts.CLIENT_BYTES", 8000)

@@ -56,6 +56,7 @@ EXAMPLES: dict[type[errors.DgemmaError], tuple[errors.DgemmaError, grpc.StatusCo
     errors.Draining: (errors.Draining("x"), grpc.StatusCode.UNAVAILABLE, "DRAINING"),
     errors.Cancelled: (errors.Cancelled("x"), grpc.StatusCode.CANCELLED, "CANCELLED"),
     errors.ReaderTooSlow: (errors.ReaderTooSlow("x"), grpc.StatusCode.ABORTED, "READER_TOO_SLOW"),
+    errors.SenderTooSlow: (errors.SenderTooSlow("x"), grpc.StatusCode.ABORTED, "SENDER_TOO_SLOW"),
     errors.EngineFault: (errors.EngineFault("abc"), grpc.StatusCode.INTERNAL, "ENGINE_FAULT"),
 }
 """What each class is told as, written down a second time: a slip in the table shows as a difference."""

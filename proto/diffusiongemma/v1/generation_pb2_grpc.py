@@ -43,7 +43,8 @@ class GenerationServiceStub:
     UNIMPLEMENTED       an image, where the model has no vision
     DEADLINE_EXCEEDED   the deadline passed, or would before a first block
     CANCELLED           the client cancelled the call
-    ABORTED             the client did not read for minutes: resume
+    ABORTED             the client did not read for minutes: resume; or it did
+    not send its message whole within a minute
     UNAVAILABLE         the server is shutting down: ask another one, and resume
     what was under way
     INTERNAL            the engine failed; the message names the line in its log
@@ -96,7 +97,8 @@ class GenerationServiceServicer:
     UNIMPLEMENTED       an image, where the model has no vision
     DEADLINE_EXCEEDED   the deadline passed, or would before a first block
     CANCELLED           the client cancelled the call
-    ABORTED             the client did not read for minutes: resume
+    ABORTED             the client did not read for minutes: resume; or it did
+    not send its message whole within a minute
     UNAVAILABLE         the server is shutting down: ask another one, and resume
     what was under way
     INTERNAL            the engine failed; the message names the line in its log
@@ -138,7 +140,8 @@ class GenerationServiceServicer:
 
     def CountTokens(self, request, context):
         """Counts the tokens of a prompt as `Generate` would: with the chat template,
-        up to the point where the answer begins. UNAVAILABLE while the server shuts
+        up to the point where the answer begins. They count towards the client's
+        tokens a minute, where it has such a limit. UNAVAILABLE while the server shuts
         down, like every other method of its services.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -189,7 +192,8 @@ class GenerationService:
     UNIMPLEMENTED       an image, where the model has no vision
     DEADLINE_EXCEEDED   the deadline passed, or would before a first block
     CANCELLED           the client cancelled the call
-    ABORTED             the client did not read for minutes: resume
+    ABORTED             the client did not read for minutes: resume; or it did
+    not send its message whole within a minute
     UNAVAILABLE         the server is shutting down: ask another one, and resume
     what was under way
     INTERNAL            the engine failed; the message names the line in its log

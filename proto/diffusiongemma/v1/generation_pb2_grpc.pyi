@@ -46,7 +46,8 @@ class GenerationServiceStub:
       UNIMPLEMENTED       an image, where the model has no vision
       DEADLINE_EXCEEDED   the deadline passed, or would before a first block
       CANCELLED           the client cancelled the call
-      ABORTED             the client did not read for minutes: resume
+      ABORTED             the client did not read for minutes: resume; or it did
+                          not send its message whole within a minute
       UNAVAILABLE         the server is shutting down: ask another one, and resume
                           what was under way
       INTERNAL            the engine failed; the message names the line in its log
@@ -83,7 +84,8 @@ class GenerationServiceStub:
     """
     CountTokens: _grpc.UnaryUnaryMultiCallable[_generation_pb2.CountTokensRequest, _generation_pb2.CountTokensResponse]
     """Counts the tokens of a prompt as `Generate` would: with the chat template,
-    up to the point where the answer begins. UNAVAILABLE while the server shuts
+    up to the point where the answer begins. They count towards the client's
+    tokens a minute, where it has such a limit. UNAVAILABLE while the server shuts
     down, like every other method of its services.
     """
 
@@ -106,7 +108,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
       UNIMPLEMENTED       an image, where the model has no vision
       DEADLINE_EXCEEDED   the deadline passed, or would before a first block
       CANCELLED           the client cancelled the call
-      ABORTED             the client did not read for minutes: resume
+      ABORTED             the client did not read for minutes: resume; or it did
+                          not send its message whole within a minute
       UNAVAILABLE         the server is shutting down: ask another one, and resume
                           what was under way
       INTERNAL            the engine failed; the message names the line in its log
@@ -140,7 +143,8 @@ class GenerationServiceAsyncStub(GenerationServiceStub):
     """
     CountTokens: _aio.UnaryUnaryMultiCallable[_generation_pb2.CountTokensRequest, _generation_pb2.CountTokensResponse]  # type: ignore[assignment]
     """Counts the tokens of a prompt as `Generate` would: with the chat template,
-    up to the point where the answer begins. UNAVAILABLE while the server shuts
+    up to the point where the answer begins. They count towards the client's
+    tokens a minute, where it has such a limit. UNAVAILABLE while the server shuts
     down, like every other method of its services.
     """
 
@@ -162,7 +166,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
       UNIMPLEMENTED       an image, where the model has no vision
       DEADLINE_EXCEEDED   the deadline passed, or would before a first block
       CANCELLED           the client cancelled the call
-      ABORTED             the client did not read for minutes: resume
+      ABORTED             the client did not read for minutes: resume; or it did
+                          not send its message whole within a minute
       UNAVAILABLE         the server is shutting down: ask another one, and resume
                           what was under way
       INTERNAL            the engine failed; the message names the line in its log
@@ -212,7 +217,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.CountTokensResponse, _abc.Awaitable[_generation_pb2.CountTokensResponse]]:
         """Counts the tokens of a prompt as `Generate` would: with the chat template,
-        up to the point where the answer begins. UNAVAILABLE while the server shuts
+        up to the point where the answer begins. They count towards the client's
+        tokens a minute, where it has such a limit. UNAVAILABLE while the server shuts
         down, like every other method of its services.
         """
 
