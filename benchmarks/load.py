@@ -11,7 +11,7 @@ from random import Random
 from threading import Event as Flag
 
 from checkpoints.pocket_recipe.tasks import TASKS, draw
-from runtime.events import Committed, Draft, Event, Finished
+from runtime.events import Committed, Draft, Event, Finished, Started
 from runtime.request import SamplingOverrides
 from runtime.ticket import Priority
 from service.client import Client
@@ -72,14 +72,21 @@ def _task(chance: Random) -> str:
             return str(example.messages[0]["content"])
 
 
-def ask(client: Client, question: Question, priority: Priority = Priority.INTERACTIVE) -> Answered:
-    """Send a request with drafts and read it to its end."""
+def ask(
+    client: Client,
+    question: Question,
+    priority: Priority = Priority.INTERACTIVE,
+    begun: Callable[[], None] = lambda: None,
+) -> Answered:
+    """Send a request with drafts and read it to its end; `begun` is called when it is admitted."""
     began = time.perf_counter()
     draft, blocks, event = None, list[float](), None
     sampling = SamplingOverrides(seed=question.seed, max_output_tokens=256)
     for event in client.generate(question.prompt, sampling, draft_interval=0.0, priority=priority, timeout=TIMEOUT):
         seconds = time.perf_counter() - began
-        if isinstance(event, Draft) and draft is None:
+        if isinstance(event, Started):
+            begun()
+        elif isinstance(event, Draft) and draft is None:
             draft = seconds
         elif isinstance(event, Committed):
             blocks.append(seconds)
@@ -114,19 +121,25 @@ def poisson(client: Client, asked: Sequence[Question], rate: float, seed: int = 
 
 @contextmanager
 def saturated(client: Client, readers: int, priority: Priority) -> Iterator[Callable[[], int]]:
-    """So many users who always read a story, for the time of the block; tells how many stories were read."""
-    over, read = Flag(), [0] * readers
+    """So many users who always read a story, all of whom have begun when the block is entered, until it is left.
+
+    The function tells how many stories were read by then.
+    """
+    over, read, begun = Flag(), [0] * readers, [Flag() for _ in range(readers)]
 
     def keep_reading(number: int) -> None:
         for question in stories(number):
             if over.is_set():
                 return
-            ask(client, question, priority)
+            ask(client, question, priority, begun[number].set)
             read[number] += 1
 
     with ThreadPoolExecutor(readers) as crowd:
         reading = [crowd.submit(keep_reading, number) for number in range(readers)]
         try:
+            for has_begun, each in zip(begun, reading, strict=True):
+                while not has_begun.wait(0.1) and not each.done():  # done: it failed, which is told below
+                    pass
             yield lambda: sum(read)
         finally:
             over.set()

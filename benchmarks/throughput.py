@@ -28,6 +28,8 @@ from runtime.vocabulary import Vocabulary
 from service.client import Client
 
 CONCURRENT = (1, 8, 32)
+LEAST_ROUNDS = 2 * max(CONCURRENT)
+"""Requests: with fewer than a crowd, or just as many, it has thinned out for most of the time."""
 LOCKSTEP = 8
 """Rows of the reference's batches."""
 LOCKSTEP_BATCHES = 2
@@ -38,12 +40,13 @@ LEAST_RATIO, MOST_DELAY = 3.0, 2.0
 
 
 def run(setting: Setting) -> list[Figure]:
-    """Everything, on `setting.rounds` requests, rounded up to whole batches of the reference.
+    """Everything, on `setting.rounds` requests, and on so many at least that the largest crowd is there for a while.
 
     Raises:
         Unavailable: there is no checkpoint, or PyTorch or transformers are not installed.
     """
-    asked = questions(-(-setting.rounds // LOCKSTEP) * LOCKSTEP)
+    rounds = max(setting.rounds, LEAST_ROUNDS)
+    asked = questions(-(-rounds // LOCKSTEP) * LOCKSTEP)
     options = ("--max-active", str(max(CONCURRENT)))
     with serving(setting.bundle, setting.threads, *options) as server, Client(server.address) as client:
         ask(client, asked[0])  # warm
@@ -81,7 +84,7 @@ def _percentiles(answers: Sequence[Answered], rate: float, picture: Path) -> lis
     return [
         Figure(f"random arrivals, {name}, p{share}", 1e3 * float(np.percentile(values, share)), "ms", note=note)
         for name, values in times.items()
-        for share, note in ((50, f"{rate:.2f} requests a second"), (95, f"plot: {picture}"))
+        for share, note in ((50, f"{rate:.2f} requests a second, {len(values)} times"), (95, f"plot: {picture}"))
     ]
 
 
