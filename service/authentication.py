@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import grpc
 
@@ -66,8 +68,25 @@ def by_peer(context: Context) -> Caller:
     """Who calls by its certificate, else by its machine."""
     for name in context.auth_context().get("x509_common_name", ()):
         return Caller(name.decode(errors="replace"), known=True)
-    # `ipv4:127.0.0.1:50000`, `ipv6:[::1]:50000`, `unix:`: without the port, which every connection has of its own.
-    return Caller(str(context.peer()).rpartition(":")[0], known=False)
+    return Caller(_machine(str(context.peer())), known=False)
+
+
+def _machine(peer: str) -> str:
+    """Of `ipv4:127.0.0.1:50000`, `ipv6:%5B::1%5D:50000` or `unix:` what all connections of a machine have in common.
+
+    Of IPv6 that is the network of 64 bits: whoever has one address of it has 2^64 of them.
+    """
+    machine = unquote(peer.rpartition(":")[0])
+    family, _, host = machine.partition(":")
+    if family != "ipv6":
+        return machine
+    try:
+        address = ipaddress.IPv6Address(host.strip("[]"))
+    except ValueError:
+        return machine
+    if address.ipv4_mapped is not None:
+        return f"ipv4:{address.ipv4_mapped}"
+    return f"ipv6:{ipaddress.ip_network((address.packed[:8] + bytes(8), 64))}"
 
 
 def _bearer_token(metadata: Iterable[tuple[str, str | bytes]]) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from runtime.errors import InvalidRequest, SenderTooSlow, Violation
 
@@ -52,8 +52,9 @@ class Receiving:
         """
         async with self._place((client, service)):
             try:
-                async with asyncio.timeout(self._patience):
-                    return await anext(aiter(requests))
+                # gRPC's own iterator is a generator, which is not left to the garbage collector, call after call.
+                async with asyncio.timeout(self._patience), aclosing(cast(Any, aiter(requests))) as messages:
+                    return cast(T, await anext(messages))
             except StopAsyncIteration:
                 raise InvalidRequest(Violation("", "no message came; send one")) from None
             except TimeoutError:

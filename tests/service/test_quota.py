@@ -20,6 +20,7 @@ from runtime.events import Committed
 from runtime.runner import Handle
 from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
+from service.authentication import Caller, by_peer
 from service.mailbox import Mailbox
 from service.pace import Pace
 from service.quota import MAX_REMEMBERED, Account, ClientLimits, Quotas
@@ -120,6 +121,33 @@ def test_clients_at_rest_are_forgotten() -> None:
     assert len(quotas._accounts) <= MAX_REMEMBERED
     with pytest.raises(ClientLimitReached), quotas.generation("debtor"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("peer", "name"),
+    [
+        pytest.param("ipv4:10.0.0.7:50000", "ipv4:10.0.0.7", id="ipv4"),
+        pytest.param("ipv6:%5B2001:db8::1%5D:50000", "ipv6:2001:db8::/64", id="one-address-of-many"),
+        pytest.param("ipv6:%5B2001:db8::ffff:2%5D:50001", "ipv6:2001:db8::/64", id="another-of-the-same"),
+        pytest.param("ipv6:[2001:db8:0:1::1]:50000", "ipv6:2001:db8:0:1::/64", id="another-network"),
+        pytest.param("ipv6:%5B::ffff:10.0.0.7%5D:50000", "ipv4:10.0.0.7", id="ipv4-in-ipv6"),
+        pytest.param("ipv6:%5Bfe80::1%25eth0%5D:50000", "ipv6:fe80::/64", id="with-a-zone"),
+        pytest.param("ipv6:nonsense:1", "ipv6:nonsense", id="no-address"),
+        pytest.param("unix:", "unix", id="unix"),
+    ],
+)
+def test_a_machine_is_one_client(peer: str, name: str) -> None:
+    """Catches limits that a machine has 2^64 times, one for each of its addresses, and all of IPv4 as one client."""
+
+    class Context:
+        def auth_context(self) -> dict[str, list[bytes]]:
+            return {}
+
+        def peer(self) -> str:
+            return peer
+
+    context: Any = Context()
+    assert by_peer(context) == Caller(name, known=False)
 
 
 async def test_concurrency_over_a_socket(tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ async def test_what_waits_for_a_place_is_served_in_time(tmp_path: Path) -> None:
         assert await finished(harness.generation.Generate(request("hello again"), timeout=60))
 
 
+async def test_a_message_is_not_unpacked_beyond_the_limit(tmp_path: Path) -> None:
+    """A hundred megabytes in a hundred kilobytes: it depends on gRPC alone, and its versions."""
+    packed: dict[str, Any] = {"compression": grpc.Compression.Gzip, "options": [("grpc.max_send_message_length", -1)]}
+    async with serving(tmp_path) as harness, grpc.aio.insecure_channel(harness.address, **packed) as channel:
+        bomb = b"\0" * (100 << 20)
+        failure = await failure_of(channel.unary_stream(METHOD)(bomb, timeout=60))
+        assert failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await finished(harness.generation.Generate(request("hello"), timeout=60))
+
+
 async def endless() -> AsyncIterator[bytes]:
     await asyncio.Event().wait()
     yield b""
