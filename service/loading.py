@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,12 @@ from runtime.scheduler import Limits
 from runtime.vocabulary import Vocabulary
 from service.served import Served
 from service.transport import MAX_MESSAGE_BYTES
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks whether the first generation hangs."""
+
+LAST_CALL = 2.0
+"""Seconds that a call of it has to return where it is given up."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Settings:
     """`onnxruntime` or `torch`."""
     device: str = "cuda"
     """Of the torch engine."""
+    stall: float = math.inf
+    """Seconds that a call of the first generation may take."""
 
 
 def load(settings: Settings) -> Served:
@@ -82,9 +91,9 @@ def load(settings: Settings) -> Served:
         max_message_bytes=MAX_MESSAGE_BYTES,
     )
     try:
-        _warm_up(served)
+        warm_up(served, settings.stall)
     except BaseException:
-        runner.close()
+        runner.close(LAST_CALL)
         raise
     return served
 
@@ -123,18 +132,25 @@ class _Ending:
     def ready(self) -> bool:
         return True
 
-    def wait(self) -> Event | DgemmaError | None:
-        self._ended.wait()
+    def wait(self, seconds: float) -> Event | DgemmaError | None:
+        """The end; None where it has not come in that time."""
+        self._ended.wait(seconds)
         return self._outcome
 
 
-def _warm_up(served: Served) -> None:
-    """Two steps of one canvas: the first is without self-conditioning, the second with it."""
+def warm_up(served: Served, stall: float) -> None:
+    """Two steps of one canvas: the first is without self-conditioning, the second with it.
+
+    Raises:
+        BundleError: they fail, or one of their calls has not returned within `stall` seconds.
+    """
     prompt_ids = served.prompts.token_ids([served.defaults.bos_token_id])
     overrides = SamplingOverrides(seed=0, max_output_tokens=1, max_denoising_steps=2, stability_threshold=2)
     sampling = overrides.resolve(served.defaults, served.facts.canvas_length)
     ending = _Ending()
     served.runner.submit(GenerationRequest(served.facts.name, prompt_ids, sampling), ending)
-    outcome = ending.wait()
+    while (outcome := ending.wait(LOOK_EVERY)) is None:
+        if served.runner.stalled_for > stall:
+            raise BundleError(f"the first generation hangs: the engine has not returned from a call for {stall:g} s")
     if isinstance(outcome, DgemmaError):
         raise BundleError(f"the first generation failed: {outcome}") from outcome

@@ -124,9 +124,8 @@ def command(
     from service.loading import Settings, load
 
     logs.configure(log_level)
-    settings = Settings(
-        bundle, threads, max_active, max_waiting, min_draft_interval, verify_checksums, engine=engine, device=device
-    )
+    limits = max_active, max_waiting, min_draft_interval
+    settings = Settings(bundle, threads, *limits, verify_checksums, engine=engine, device=device, stall=stall)
     serving = serve(address, partial(load, settings), grace, announce, security_settings(security), stall)
     try:
         asyncio.run(serving)

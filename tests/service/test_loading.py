@@ -18,14 +18,26 @@ from runtime.errors import BundleError
 from runtime.events import Committed, Draft, Started
 from runtime.request import SamplingOverrides
 from service.client import Client
-from service.loading import Settings, load
+from service.loading import Settings, load, warm_up
 from tests.service.processes import ROOT
+from tests.service.support import make_served
 
 DGEMMA = "from service.cli import main; main()"
 
 
 def settings(bundle: Path) -> Settings:
     return Settings(bundle, threads=1, max_active=4, max_waiting=16, min_draft_interval=0.0)
+
+
+def test_a_first_generation_that_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a server that is never SERVING and never ends: its watchdog looks only once it serves."""
+    monkeypatch.setattr("service.loading.LOOK_EVERY", 0.01)
+    engine, served = make_served(tmp_path, {})
+    try:
+        with engine.hold("denoise", 2), pytest.raises(BundleError, match="hangs"):
+            warm_up(served, stall=0.05)
+    finally:
+        served.runner.close()
 
 
 def test_a_loaded_bundle_is_warm(tiny_bundle: Bundle) -> None:

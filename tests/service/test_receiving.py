@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from tests.reliability.fuzz_frames import (
 )
 from tests.service.support import Harness, failure_of, finished, request, serving
 
+INITIAL_WINDOW_SIZE = 4
+"""RFC 9113, section 6.5.2."""
 METHOD = "/diffusiongemma.v1.GenerationService/Generate"
 
 
@@ -37,7 +40,9 @@ class Sender:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self.windows: dict[int, int] = {}
-        """Bytes that the server takes of each stream, and of the connection as number 0."""
+        """Bytes that the server takes of each stream."""
+        self.initial_windows: set[int] = set()
+        """What it said to take of a stream that nobody reads yet."""
 
     @classmethod
     async def connected(cls, harness: Harness) -> Sender:
@@ -80,6 +85,11 @@ class Sender:
         stream = int.from_bytes(head[5:])
         if head[3] == WINDOW_UPDATE and stream in self.windows:
             self.windows[stream] += int.from_bytes(payload)
+        if head[3] == SETTINGS:
+            entries = [payload[begin : begin + 6] for begin in range(0, len(payload), 6)]
+            self.initial_windows |= {
+                int.from_bytes(entry[2:]) for entry in entries if int.from_bytes(entry[:2]) == INITIAL_WINDOW_SIZE
+            }
         return head[3], payload
 
     def close(self) -> None:
@@ -90,16 +100,16 @@ async def test_no_client_fills_the_memory_with_messages_in_part(tmp_path: Path) 
     """Catches a server that makes room for as many as there are calls: 128 of 4 MB, on each connection. It makes room
     for some, and for the next one once one of them has gone; meanwhile its other services answer."""
     async with serving(tmp_path) as harness:
-        sender = await Sender.connected(harness)
-        for stream in range(1, 2 * (PLACES + 4), 2):
-            sender.begin(stream, 4 << 20)
-        for _ in range(2):
-            await sender.until_taken(PLACES)
-            assert (await harness.models.GetModel(model_pb2.GetModelRequest(), timeout=30)).model.name == "fake"
-            await sender.told_all()
-            assert len(sender.taken) == PLACES
-            sender.leave(min(sender.taken))
-        sender.close()
+        with closing(await Sender.connected(harness)) as sender:
+            for stream in range(1, 2 * (PLACES + 4), 2):
+                sender.begin(stream, 4 << 20)
+            for _ in range(2):
+                await sender.until_taken(PLACES)
+                assert (await harness.models.GetModel(model_pb2.GetModelRequest(), timeout=30)).model.name == "fake"
+                await sender.told_all()
+                assert len(sender.taken) == PLACES
+                assert sender.initial_windows == {WINDOW_BYTES}
+                sender.leave(min(sender.taken))
         assert await finished(harness.generation.Generate(request("hello"), timeout=60))
     assert PLACES * HARD_MESSAGE_BYTES == 160 << 20
 
