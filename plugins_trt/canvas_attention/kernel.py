@@ -93,8 +93,9 @@ def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
     wide = query.element_size() > 2
     rows = 128 if gpu.is_large and not wide else 64
     rows = min(rows, max(16, triton.next_power_of_2(S * heads // kv_heads)))
-    stages = 1 if wide else 4 if gpu.is_large else 2
-    return Tiles(rows, 32, width, width, warps=8 if rows == 128 else 4, stages=stages)
+    keys = 64 if gpu.is_large and not wide else 32
+    stages = 1 if wide else 2
+    return Tiles(rows, keys, width, width, warps=8 if rows == 128 else 4, stages=stages)
 
 
 def wide_tiles(gpu: Gpu, query: Tensor) -> tuple[Tiles, Tiles]:

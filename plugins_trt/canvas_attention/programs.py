@@ -49,39 +49,28 @@ def attend(
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen_from, seen_to = seen_by_all(begin, end, tokens, S)
-    share, share_end = split * count // splits, (split + 1) * count // splits
-    # Values follow a tile behind the keys: their product runs while the next tile's softmax is taken. So there is one
-    # round more than tiles, of whose keys, and of the first round's values, none exist.
-    weights = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    fade = tl.full([BLOCK_M], 1.0, tl.float32)
-    # Before every position, also that of the tile before the first.
-    last_before = share_end * 0 - BLOCK_N
+    share = split * count // splits
     page = page_of(table, share, first_cached, cached, pages, PAGE, BLOCK_N)
-    page_before = page
-    for tile in range(share, share_end + 1):
+    for tile in range(share, (split + 1) * count // splits):
         in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
         last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
-        last = tl.where(tile < share_end, last, 0)
         # Slots that hold no token may hold NaN, which a weight of 0 does not silence.
         exists = columns(position + tl.arange(0, BLOCK_N) < last, d, D, BLOCK_D)
         rows = rows_of(KEY_POOL + kv_head * D, KEY + own, page, in_pool, first, PAGE, stride, BLOCK_N)
         keys = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
         scores = tl.dot(query, keys.T, input_precision="ieee")
-        in_pool, first, before = keys_of(tile - 1, base, start, first_cached, cached, first_own, BLOCK_N)
-        exists = columns(before + tl.arange(0, BLOCK_N) < last_before, d, D, BLOCK_D)
-        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page_before, in_pool, first, PAGE, stride, BLOCK_N)
-        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
-        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
         if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
             at = (position + tl.arange(0, BLOCK_N))[None, :]
             scores = tl.where((at >= begin[:, None]) & (at < tl.minimum(end, last)[:, None]), scores, float("-inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * LOG2_E)
         reference = tl.where(larger == float("-inf"), 0.0, larger)
-        each = tl.exp2(scores * LOG2_E - reference[:, None])
+        weights = tl.exp2(scores * LOG2_E - reference[:, None])
         fade = tl.exp2(largest - reference)
-        total = total * fade + tl.sum(each, 1)
-        weights = each
-        largest, last_before, page_before = larger, last, page
+        total = total * fade + tl.sum(weights, 1)
+        rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_N)
+        values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)
+        sums = tl.dot(weights.to(values.dtype), values, sums * fade[:, None], input_precision="ieee")
+        largest = larger
         page = page_of(table, tile + 1, first_cached, cached, pages, PAGE, BLOCK_N)
     place += tl.num_programs(2).to(tl.int64) * split * S * (KV_HEADS * GROUP)
     tl.store(TOTALS + place, largest + tl.log2(tl.where(total == 0.0, 1.0, total)), mask=tokens < S)
