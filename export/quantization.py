@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +17,10 @@ from torch import Tensor
 from export.compressed_tensors import Fp8Tensor
 from export.tensor_file import WeightTensor, whole_rows
 from export.weights import Precision, Source
-from plugins_trt.expert_ffn.reference import INT4_GROUP, INT4_SCALE_BYTES, int4_table
 from runtime.errors import CheckpointError
 
+GROUP = 32
+"""Columns that share one scale in the 4-bit encoding."""
 FP8 = torch.float8_e4m3fn
 SCALE_SUFFIX = "_scale"
 """A scale's name is its weight's with this behind it."""
@@ -27,12 +28,10 @@ SCALE_SUFFIX = "_scale"
 _LARGEST = torch.finfo(FP8).max
 _SMALLEST_ABSMAX = 2.0**-100
 """A channel's largest magnitude counts as at least this, so that a channel of zeros gets a scale to divide by."""
-_STEPS = (0, 1, -1)
-"""Candidates for a group's 4-bit scale: the float8 number nearest to its largest magnitude, and its neighbours. For
-normal weights, and for the pocket's experts, the error of a tensor is 8.5% with the nearest alone, 8.1% with these
-three and with five."""
-_LARGEST_CODE = 126
-"""Of float8_e4m3fn, as an integer: 448."""
+_DIVISORS = (8.0, 8.5, 7.5)
+"""Candidates for a 4-bit scale: the group's largest number, negated, over each of these. Over 8 it gets the code -8
+exactly; more than 8 cuts it off for finer steps below, which costs less than it brings in many groups. On the pocket's
+experts the error of one expert tensor is 8.60% with 8 alone, 8.28% with these three, 8.23% with six."""
 _BLOCK = 1 << 18
 """Weights quantised at a time: so many stay in the processor's cache from one operation to the next."""
 _LINEAR = re.compile(r"(^|\.)layers\.\d+\.(self_attn|mlp)\.\w+_proj(\.weight)?$")
@@ -64,77 +63,42 @@ def quantize_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale.unsqueeze(-1)).clamp(-_LARGEST, _LARGEST).to(FP8), scale
 
 
-def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """4-bit codes with scales for rows and groups of columns, as `plugins_trt.expert_ffn.reference` explains them.
+def quantize_int4(weight: Tensor, scale_dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    """4-bit codes -8..7 with a scale for each group of 32 columns: `weight ~ codes * scale`.
 
-    Of a few scales each group takes the one with the least sum of squared errors.
+    Of a few scales each group takes the one with the least sum of squared errors; its sign is that which gives the
+    group's largest magnitude the code -8, for which there is no positive counterpart.
 
     Args:
-        weight: `[N, K]`, any float; K a multiple of 32.
+        weight: `[..., K]`, any float; K a multiple of 32.
+        scale_dtype: what scales are stored in, and rounded to before codes are chosen.
 
     Returns:
-        packed: uint8 `[N, K / 2]`.
-        scale: uint8 `[N, 4 + K / 32]`: each row's own scale, float32, and those of its groups.
+        packed: `code + 8` in four bits, uint8 `[..., K / 2]`; of a group's 16 bytes, byte `4 t + 2 j + h` holds column
+            `8 h + 2 t + j` in its low half and the column 16 further on in its high half.
+        scale: `[..., K / 32]`.
     """
-    rows, depth = weight.shape
-    wide = weight.float()
-    row_scale = wide.abs().amax(-1).clamp(min=_SMALLEST_ABSMAX) / _LARGEST
-    # One instruction works on many groups: 3 times as fast as on many columns.
-    groups = (wide / row_scale[:, None]).view(-1, INT4_GROUP).T.contiguous()
-    magnitudes = groups.abs()
-    scale = _best_scale(magnitudes)
-    packed = _pack(_codes(magnitudes, scale), groups < 0).reshape(rows, depth // 2)
-    return packed, torch.cat([row_scale[:, None].view(torch.uint8), scale.view(rows, depth // INT4_GROUP)], dim=1)
+    *channels, depth = weight.shape
+    groups = weight.float().reshape(-1, GROUP).T.contiguous()  # one instruction works on many groups: 3 times as fast
+    low, high = groups.amin(0), groups.amax(0)
+    extreme = torch.where(high > -low, high, low)
+    scale, codes, error = _round(groups, extreme / -_DIVISORS[0], scale_dtype)
+    for divisor in _DIVISORS[1:]:
+        other_scale, other_codes, other_error = _round(groups, extreme / -divisor, scale_dtype)
+        better = other_error < error
+        scale, codes = torch.where(better, other_scale, scale), torch.where(better, other_codes, codes)
+        error = torch.where(better, other_error, error)
+    first, second = (codes + 8).to(torch.uint8).chunk(2)
+    pairs = (first | second << 4).view(2, 4, 2, -1)  # h, t, j
+    packed = pairs.permute(3, 1, 2, 0).reshape(*channels, depth // 2)
+    return packed, scale.to(scale_dtype).view(*channels, depth // GROUP)
 
 
-def int4_scale(scales: Tensor) -> Tensor:
-    """Scales as `quantize_int4` makes them, `[E, N, 4 + K / 32]`, in the operation's order, `[E, 4 + K / 32, N]`."""
-    experts, rows, width = scales.shape
-    own, groups = scales.tensor_split([INT4_SCALE_BYTES], dim=2)
-    return torch.cat([own.flatten(1), groups.transpose(1, 2).flatten(1)], dim=1).view(experts, width, rows)
-
-
-def _best_scale(magnitudes: Tensor) -> Tensor:
-    """Scales as float8 codes, uint8 `[n]`, for groups of `magnitudes [32, n]`."""
-    nearest = magnitudes.amax(0).clamp_(max=_LARGEST).to(FP8).view(torch.uint8).to(torch.int16)
-    best, least = nearest, torch.full_like(magnitudes[0], torch.inf)
-    for step in _STEPS:
-        scale = (nearest + step).clamp_(0, _LARGEST_CODE)
-        error = _distance(magnitudes, scale).square_().sum(0)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.to(torch.uint8)
-
-
-def _distance(magnitudes: Tensor, scale: Tensor) -> Tensor:
-    """From each of `magnitudes [32, n]` to the nearest of its scale's numbers."""
-    first, *others = _numbers(scale)
-    least: Tensor = (magnitudes - first).abs_()
-    for number in others:
-        torch.minimum(least, (magnitudes - number).abs_(), out=least)
-    return least
-
-
-def _codes(magnitudes: Tensor, scale: Tensor) -> Tensor:
-    """Which of its scale's numbers is nearest to each of `magnitudes [32, n]`, uint8."""
-    codes = torch.zeros_like(magnitudes, dtype=torch.uint8)
-    for below, above in pairwise(_numbers(scale)):
-        codes += magnitudes > (below + above) / 2
-    return codes
-
-
-def _numbers(scale: Tensor) -> Tensor:
-    """The eight numbers of each of `scale [n]`, rising, float32 `[8, n]`."""
-    return int4_table().float().to(scale.device)[scale.long()].T.contiguous()
-
-
-def _pack(codes: Tensor, negative: Tensor) -> Tensor:
-    """Bytes of groups, uint8 `[n, 16]`, from magnitudes' codes and signs `[32, n]`."""
-    low, high = codes.view(2, 4, 2, 2, -1).unbind(3)  # half, t, pair of neighbours
-    bytes_ = (low | high << 4).transpose(0, 1).reshape(4, 4, -1)
-    first, second = negative.to(torch.uint8).view(2, 4, 4, -1)  # t, i
-    packed: Tensor = bytes_ | first << 7 | second << 3
-    return packed.permute(2, 0, 1).reshape(-1, INT4_GROUP // 2)
+def _round(groups: Tensor, scale: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales as they are stored, the nearest codes `[32, n]` of groups `[32, n]`, and their sums of squared errors."""
+    scale = scale.to(scale_dtype).float()
+    codes = (groups * torch.where(scale == 0, 0.0, 1.0 / scale)).round_().clamp_(-8, 7)
+    return scale, codes, (codes * scale).sub_(groups).square_().sum(0)
 
 
 def store(tensors: Mapping[str, WeightTensor], precision: Precision) -> dict[str, Source]:
@@ -172,19 +136,15 @@ def _fp8_sources(name: str, tensor: WeightTensor) -> dict[str, Source]:
 
 
 def _int4_sources(name: str, tensor: WeightTensor) -> dict[str, Source]:
-    experts, rows, depth = tensor.shape
-    if depth % INT4_GROUP:
+    dtype, (*channels, depth) = Precision.INT4.torch_dtype, tensor.shape
+    if depth % GROUP:
         raise CheckpointError(
-            f"{name}: has rows of {depth} numbers; int4 takes multiples of {INT4_GROUP}, so export to fp8 instead"
+            f"{name}: has rows of {depth} numbers; int4 takes multiples of {GROUP}, so export to fp8 instead"
         )
-    passes, width = _Pass(tensor, quantize_int4), INT4_SCALE_BYTES + depth // INT4_GROUP
-
-    def scales() -> Iterator[Tensor]:
-        yield int4_scale(torch.cat(list(passes.scales())).view(experts, rows, width)).flatten()
-
+    passes = _Pass(tensor, partial(quantize_int4, scale_dtype=dtype))
     return {
-        name: Source(torch.uint8, (experts, rows, depth // 2), passes.codes),
-        name + SCALE_SUFFIX: Source(torch.uint8, (experts, width, rows), scales),
+        name: Source(torch.uint8, (*channels, depth // 2), passes.codes),
+        name + SCALE_SUFFIX: Source(dtype, (*channels, depth // GROUP), passes.scales),
     }
 
 

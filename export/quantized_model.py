@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from export.checkpoint import Checkpoint, stored_name
 from export.model import Experts, StepModel
-from export.quantization import FP8, is_linear, store
+from export.quantization import FP8, GROUP, is_linear, store
 from export.weights import Precision
-from plugins_trt.expert_ffn.reference import INT4_GROUP, INT4_SCALE_BYTES
 from plugins_trt.operations import REFERENCE, Operations
 
 
@@ -46,7 +45,7 @@ class Fp8Experts(nn.Module):
 
 class Int4Experts(nn.Module):
     """A layer's experts in 4 bits: `gate_up_proj [E, 2I, H / 2]` and `down_proj [E, H, I / 2]` uint8, with
-    `gate_up_proj_scale [E, 4 + H / 32, 2I]` and `down_proj_scale [E, 4 + I / 32, H]` uint8."""
+    `gate_up_proj_scale [E, 2I, H / 32]` and `down_proj_scale [E, H, I / 32]` in the states' dtype."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()
@@ -97,10 +96,9 @@ def load_quantized_model(checkpoint: Checkpoint, precision: Precision, operation
 
 
 def _int4_buffers(weight: Tensor) -> tuple[nn.Buffer, nn.Buffer]:
-    experts, rows, depth = weight.shape
-    packed = _empty_like(weight, (experts, rows, depth // 2), torch.uint8)
-    scale = _empty_like(weight, (experts, INT4_SCALE_BYTES + depth // INT4_GROUP, rows), torch.uint8)
-    return nn.Buffer(packed), nn.Buffer(scale)
+    *channels, depth = weight.shape
+    packed = _empty_like(weight, (*channels, depth // 2), torch.uint8)
+    return nn.Buffer(packed), nn.Buffer(_empty_like(weight, (*channels, depth // GROUP), weight.dtype))
 
 
 def _empty_like(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

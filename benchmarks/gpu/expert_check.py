@@ -18,7 +18,7 @@ from plugins_trt.gpu import gpu_of
 _HALF_UNIT = 2.0**-9
 """Half a unit in the last place of bfloat16, relative."""
 
-_BOUNDS = {"fp8-dynamic": 0.03, "int4": 0.03}
+_BOUNDS = {"fp8-dynamic": 0.03}
 """Relative error in the Euclidean norm. Three roundings to bfloat16 lie between the kernels and float32: of the hidden
 states, of a pair's part, of the sum. With activations rounded to float8 hidden states are not rounded to bfloat16, but
 Hopper sums products of 8-bit numbers in about 14 bits: 88 turns of 32 columns may move a state by as much as half a

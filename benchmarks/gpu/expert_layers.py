@@ -9,9 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from export.quantization import int4_scale, quantize_int4
 from plugins_trt.expert_ffn import kernel, reference
-from plugins_trt.expert_ffn.int4_kernel import Int4Weights
 from plugins_trt.expert_ffn.kernel import ExpertWeights
 from plugins_trt.expert_routing.kernel import expert_routing
 
@@ -44,13 +42,11 @@ class Layer:
         return _face(reference, self.encoding)
 
     @property
-    def weights(self) -> ExpertWeights | Int4Weights:
+    def weights(self) -> ExpertWeights:
         """What the single products take."""
         if self.encoding == "bf16":
             return ExpertWeights(self.tensors[0], None, self.tensors[1], None)
         gate_up, gate_up_scale, down, down_scale = self.tensors
-        if self.encoding == "int4":
-            return Int4Weights(gate_up, gate_up_scale, down, down_scale)
         return ExpertWeights(gate_up, gate_up_scale, down, down_scale, self.encoding == "fp8-dynamic")
 
 
@@ -81,8 +77,11 @@ def _to_fp8(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _to_int4(weights: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scales = zip(*map(quantize_int4, weights), strict=True)
-    return torch.stack(codes), int4_scale(torch.stack(scales))
+    groups = weights.view(*weights.shape[:-1], -1, reference.INT4_GROUP)
+    scale = groups.abs().amax(dim=-1, keepdim=True) / 7.5
+    low, high = (torch.round(groups / scale).clamp(-8, 7) + 8).to(torch.uint8).chunk(2, dim=-1)
+    places = (low | high << 4).view(*low.shape[:-1], 2, 4, 2)  # h, t, j
+    return places.movedim(-3, -1).flatten(-4), scale.squeeze(-1)
 
 
 def _face(module: object, encoding: str) -> Callable[..., Tensor]:

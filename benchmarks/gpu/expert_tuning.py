@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +11,6 @@ from multiprocessing import get_context
 
 import torch
 import triton
-from torch import Tensor
 
 from benchmarks.gpu.expert_layers import (
     EXPERTS,
@@ -23,15 +22,7 @@ from benchmarks.gpu.expert_layers import (
 )
 from benchmarks.gpu.timing import graph_seconds
 from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
-from plugins_trt.expert_ffn.int4_kernel import Int4Weights, int4_gated_states, int4_weighted_parts
-from plugins_trt.expert_ffn.kernel import (
-    ExpertWeights,
-    States,
-    gated_states,
-    hidden_buffer,
-    quantized,
-    weighted_parts,
-)
+from plugins_trt.expert_ffn.kernel import States, gated_states, hidden_buffer, quantized, weighted_parts
 from plugins_trt.expert_ffn.tiles import Product
 
 
@@ -101,25 +92,6 @@ _STRAIGHT_TILES = {
     },
 }  # fmt: skip
 
-_INT4_TILES = {
-    32: (
-        [(64, 128, 4, 3), (64, 128, 4, 5), (64, 128, 4, 7), (64, 256, 4, 5), (64, 256, 4, 7), (64, 128, 8, 5),
-         (128, 128, 8, 5)],
-        [(128, 128, 4, 3), (128, 128, 4, 5), (128, 128, 4, 7), (64, 128, 4, 5), (64, 128, 4, 7), (256, 128, 8, 5),
-         (128, 128, 8, 5)],
-    ),
-    64: (
-        [(64, 128, 4, 3), (64, 128, 4, 5), (64, 256, 8, 5), (128, 128, 8, 5)],
-        [(64, 128, 4, 3), (64, 128, 4, 5), (64, 128, 4, 7), (128, 128, 8, 5)],
-    ),
-    128: (
-        [(64, 128, 4, 3), (64, 128, 4, 5), (64, 128, 8, 5), (128, 128, 8, 5)],
-        [(64, 128, 4, 3), (64, 128, 4, 5)],
-    ),
-    256: ([(64, 128, 8, 3)], [(64, 128, 4, 3)]),
-}  # fmt: skip
-"""Depth in columns. Of n stages (n - 1) / 2 hold codes: a turn's scales are read first, then what they choose."""
-
 BLOCK_ROWS = {256: (16, 32), 2048: (64, 128), 8192: (128, 256), 1024: (32, 64), 512: (32, 64), 4096: (128, 256)}
 """Block sizes to try by number of tokens, the most telling numbers first."""
 
@@ -136,8 +108,7 @@ def block_sizes(encoding: str, tokens: int) -> tuple[int, ...]:
 def candidates(encoding: str, block_rows: int) -> list[Candidate]:
     """Tile sizes worth a try for one block size; widened weights are read twice as many columns at a time."""
     straight = _STRAIGHT_TILES.get(encoding)
-    tables = {"int4": (_INT4_TILES, 1), "fp8": (_TILES, 2)}
-    table, deeper = (straight, 1) if straight else tables[encoding]
+    table, deeper = (straight, 1) if straight else (_TILES, 2)
     products = zip(("gate_up", "down"), next(tiles for most, tiles in table.items() if block_rows <= most), strict=True)
     return [
         Candidate(encoding, product, block_rows, Product(rows, depth * deeper, warps, stages))
@@ -149,16 +120,15 @@ def candidates(encoding: str, block_rows: int) -> list[Candidate]:
 def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float:
     """Seconds a layer of one product."""
     x, ids, weights = random_tokens(tokens, generator)
+    states = States(*quantized(x)) if layers[0].weights.dynamic_activations else States(x)
     plan = dispatch(ids, EXPERTS, candidate.block_rows)
-    if candidate.encoding == "int4":
-        return graph_seconds([_int4_call(candidate, layer, x, weights, plan) for layer in layers])
-    matrices = [layer.weights for layer in layers if isinstance(layer.weights, ExpertWeights)]
-    states = States(*quantized(x)) if matrices[0].dynamic_activations else States(x)
     if candidate.product == "gate_up":
-        return graph_seconds([partial(gated_states, states, plan, each, candidate.tile, TOP_K) for each in matrices])
+        return graph_seconds(
+            [partial(gated_states, states, plan, layer.weights, candidate.tile, TOP_K) for layer in layers]
+        )
     hidden = _hidden(states, plan, generator)
     return graph_seconds(
-        [partial(weighted_parts, hidden, plan, each, candidate.tile, weights, x.dtype) for each in matrices]
+        [partial(weighted_parts, hidden, plan, layer.weights, candidate.tile, weights, x.dtype) for layer in layers]
     )
 
 
@@ -170,20 +140,6 @@ def _hidden(states: States, plan: DispatchPlan, generator: torch.Generator) -> S
     if hidden.scale is not None:
         hidden.scale.fill_(1 / 64)
     return hidden
-
-
-def _int4_call(
-    candidate: Candidate, layer: Layer, x: Tensor, expert_weights: Tensor, plan: DispatchPlan
-) -> Callable[[], object]:
-    """One product of 4-bit weights with random codes."""
-    weights, fp8 = layer.weights, torch.float8_e4m3fn
-    assert isinstance(weights, Int4Weights)
-    if candidate.product == "gate_up":
-        states = x.to(fp8), torch.ones_like(x[:, 0], dtype=torch.float32)
-        return partial(int4_gated_states, states, plan, weights, candidate.tile, TOP_K)
-    rows, groups = plan.rows.numel(), INTERMEDIATE // 64
-    hidden = torch.randn(rows, INTERMEDIATE, device="cuda").to(fp8), torch.ones(rows * groups, device="cuda")
-    return partial(int4_weighted_parts, hidden, plan, weights, candidate.tile, expert_weights, x.dtype)
 
 
 def compile_all(encodings: Sequence[str], tokens: Sequence[int], jobs: int) -> None:

@@ -15,7 +15,6 @@ from torch.export import ExportedProgram
 from export.config import LayerConfig, ModelConfig
 from export.program import export_program
 from export.weights import Precision
-from plugins_trt.expert_ffn.reference import INT4_MAGNITUDES
 from runtime.bundle import LayerFacts, ModelFacts, ProgramRecord
 from runtime.engines.torch.engine import Model
 
@@ -23,8 +22,8 @@ LAYERS = 30
 END_TOKEN_IDS = (1, 106, 50)
 _CODE_SPREAD = 112.0
 """Spread of FP8 codes: four times it is the largest code."""
-_GROUP_SCALE, _NIBBLE_SPREAD = 0x78, 256 * math.sqrt(sum(each**2 for each in INT4_MAGNITUDES) / 8)
-"""Every group's scale of 4-bit codes, 256, and the spread of codes drawn evenly."""
+_NIBBLE_SPREAD = 4.6
+"""Spread of codes drawn evenly from -8 ... 7."""
 _RECORD = "record.json"
 _PIECE = 1 << 27
 """Elements made at a time where they need a wider temporary."""
@@ -70,14 +69,10 @@ class RandomWeights:
             for piece in torch.split(tensor.view(-1), _PIECE):
                 noise = torch.empty(piece.shape, dtype=torch.bfloat16, device=self.device)
                 piece.copy_(noise.normal_(0, _CODE_SPREAD, generator=random).clamp_(-448, 448))
-        elif tensor.dtype == torch.uint8 and name.endswith("_scale"):
-            tensor.fill_(_GROUP_SCALE)
-            own = tensor.flatten(1)[:, : 4 * tensor.shape[2]].view(torch.float32)
-            own.fill_(self._spread(name.removesuffix("_scale")) / _NIBBLE_SPREAD)
         elif tensor.dtype == torch.uint8:
             tensor.random_(0, 256, generator=random)
         elif name.endswith("_scale") and not name.endswith("per_expert_scale"):
-            tensor.fill_(self._spread(name.removesuffix("_scale")) / _CODE_SPREAD)
+            tensor.fill_(self._scale(name.removesuffix("_scale"), tensor))
         elif tensor.dim() > 1:
             tensor.normal_(0, self._spread(name), generator=random)
         else:
@@ -91,6 +86,10 @@ class RandomWeights:
         tensor.copy_(values)
         if stored == torch.float8_e4m3fn:
             tensor.mul_(self._spread(name) / _CODE_SPREAD)
+
+    def _scale(self, name: str, scale: Tensor) -> float:
+        """Of a quantised weight: the spread over that of its codes."""
+        return self._spread(name) / (_CODE_SPREAD if scale.dtype == torch.float32 else _NIBBLE_SPREAD)
 
     def _spread(self, name: str) -> float:
         if name.endswith("router.proj.weight"):

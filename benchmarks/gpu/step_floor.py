@@ -75,7 +75,7 @@ def _weight_bytes(config: ModelConfig, precision: Precision) -> float:
     linear, experts, _ = _matrices(config)
     wide = 2 * config.vocab_size * config.hidden_size + len(config.layers) * config.hidden_size * config.experts
     wide += 3 * config.hidden_size * config.intermediate_size
-    linear_bytes, expert_bytes = {"fp8": (1.0, 1.0), "int4": (1.0, 0.5 + 1 / 32)}.get(precision.value, (2.0, 2.0))
+    linear_bytes, expert_bytes = {"fp8": (1.0, 1.0), "int4": (1.0, 0.5 + 2 / 32)}.get(precision.value, (2.0, 2.0))
     return 2 * wide + linear_bytes * linear + expert_bytes * experts
 
 

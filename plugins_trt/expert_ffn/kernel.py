@@ -9,8 +9,7 @@ import triton
 from torch import Tensor
 
 from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
-from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, WIDE
-from plugins_trt.expert_ffn.int4_kernel import Int4Weights, int4_parts
+from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, INT4, WIDE
 from plugins_trt.expert_ffn.products import STATE_GROUP, down_product, gate_up_product, quantize_rows, sum_parts
 from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles, row_parts, weight_tiles
 from plugins_trt.gpu import gpu_of
@@ -96,19 +95,20 @@ def expert_ffn_int4(
     *,
     tiles: Tiles | None = None,
 ) -> Tensor:
-    """`expert_ffn` with 4-bit weights, for GPUs of sm_89 or later.
+    """`expert_ffn` with 4-bit weights: codes -8..7 times a scale for each group of 32 columns of a row.
 
-    A code is a sign and one of eight magnitudes, chosen by its group of 32 columns; `x` and the hidden states are
-    rounded to float8_e4m3fn too. `reference.expert_ffn_int4` says how.
+    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `4 t + 2 j + h` (`t` below 4, `j` and `h`
+    below 2) holds column `8 h + 2 t + j` in its low half and the column 16 further on in its high half. A weight is
+    rounded to the dtype of `x` before it is multiplied.
 
     Args:
         x: token states, `[T, H]`.
         expert_ids: `[T, K]` int64.
         expert_weights: `[T, K]`.
         gate_up_packed: `[E, 2I, H / 2]` uint8; H a multiple of 32.
-        gate_up_scale: `[E, 4 + H / 32, 2I]` uint8.
+        gate_up_scale: `[E, 2I, H / 32]` in the dtype of `x`.
         down_packed: `[E, H, I / 2]` uint8; I a multiple of 32.
-        down_scale: `[E, 4 + I / 32, H]` uint8.
+        down_scale: `[E, H, I / 32]` in the dtype of `x`.
         tiles: tile sizes in place of the table's.
 
     Returns:
@@ -193,8 +193,8 @@ def expert_parts_int4(
     Returns:
         `[T, K, H]` in the dtype of `x`, in the order of a token's choices.
     """
-    weights = Int4Weights(gate_up_packed, gate_up_scale, down_packed, down_scale)
-    return int4_parts(quantized(x), expert_ids, expert_weights, weights, x.dtype, tiles)
+    weights = ExpertWeights(gate_up_packed, gate_up_scale, down_packed, down_scale)
+    return parts(States(x), expert_ids, expert_weights, weights, x.dtype, tiles)
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,8 @@ class ExpertWeights:
         """How the products read the weights, as `products.py` names it."""
         if self.gate_up_scale is None:
             return int(WIDE.value)
+        if self.gate_up.dtype == torch.uint8:
+            return int(INT4.value)
         return int((E4M3_DOT if self.dynamic_activations else E4M3_BITS).value)
 
 
@@ -319,4 +321,5 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _stored(matrices: Tensor, weights: ExpertWeights) -> Tensor:
     """Codes in the words that they are widened from."""
-    return matrices.view(torch.uint16 if weights.encoding == E4M3_BITS.value else matrices.dtype)
+    words = {E4M3_BITS.value: torch.uint16, INT4.value: torch.uint32}
+    return matrices.view(words.get(weights.encoding, matrices.dtype))

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, decode_e4m3, round_to_e4m3
+from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, GROUP, INT4, decode_e4m3, decode_int4, round_to_e4m3
 
 STATE_GROUP = tl.constexpr(128)
 """Channels of the hidden states that share a scale in `E4M3_DOT`, `reference.FP8_STATE_GROUP`."""
@@ -56,41 +56,62 @@ def some_columns(states, known, column, SIZE: tl.constexpr, DEPTH: tl.constexpr)
 
 @triton.jit
 def row_products(
-    states, known, tail_states, tail_known, weights, weights_known,
+    states, known, tail_states, tail_known, weights, weights_known, scales,
     MAIN_ROWS: tl.constexpr, TAIL_ROWS: tl.constexpr, WEIGHT_ROWS: tl.constexpr, SIZE: tl.constexpr,
     DEPTH: tl.constexpr, ENCODING: tl.constexpr,
 ):  # fmt: skip
     """Products of every weight row with every state row, float32 `[WEIGHT_ROWS, MAIN_ROWS]` and those of the tail.
 
-    `states` and `weights` point to the first of `SIZE` columns of each row, encoded weights in words. Rows not `known`,
-    of weights too (None: they all are), are zeros. Without a tail the first result comes twice.
+    `states` and `weights` point to the first of `SIZE` columns of each row, encoded weights in words, `scales`
+    to each row's first group scale where the weights have 4 bits. Rows not `known`, of weights that have more than 4
+    bits too (None: they all are), are zeros. Without a tail the first result comes twice.
     """
     sums = tl.zeros([WEIGHT_ROWS, MAIN_ROWS], tl.float32)
     if TAIL_ROWS != 0:
         tail_sums = tl.zeros([WEIGHT_ROWS, TAIL_ROWS], tl.float32)
     # The loops count in the largest unit, for Triton tells alignment from products but not from quotients.
-    # Columns in one word of the weights.
-    packed: tl.constexpr = 2 if ENCODING == E4M3_BITS else 1
-    column = tl.arange(0, DEPTH)
-    word = tl.arange(0, DEPTH // packed)
-    for start in range(0, SIZE // packed, DEPTH // packed):
-        word_places = weights[:, None] + (word + start)[None, :]
-        some_states = some_columns(states, known, column + start * packed, SIZE, DEPTH)
-        if SIZE % DEPTH != 0:
-            inside = (word + start < SIZE // packed)[None, :]
-            if weights_known is not None:
-                inside &= weights_known[:, None]
-            words = tl.load(word_places, mask=inside, other=0.0, eviction_policy="evict_first")
-        elif weights_known is not None:
-            words = tl.load(word_places, mask=weights_known[:, None], other=0.0, eviction_policy="evict_first")
-        else:
-            words = tl.load(word_places, eviction_policy="evict_first")
-        if ENCODING == E4M3_BITS:
-            words = decode_e4m3(words, some_states)
-        sums = tl.dot(words, some_states, sums, input_precision="ieee")
-        if TAIL_ROWS != 0:
-            some_states = some_columns(tail_states, tail_known, column + start * packed, SIZE, DEPTH)
-            tail_sums = tl.dot(words, some_states, tail_sums, input_precision="ieee")
+    if ENCODING == INT4:
+        tl.static_assert(TAIL_ROWS == 0, "blocks of 4-bit weights have no tail")
+        column = tl.arange(0, DEPTH)
+        word = tl.arange(0, DEPTH // 8)
+        group = tl.arange(0, DEPTH // GROUP)
+        for start in range(0, SIZE // GROUP, DEPTH // GROUP):
+            state_places = states[None, :] + (column + start * GROUP)[:, None]
+            word_places = weights[:, None] + (word + start * (GROUP // 8))[None, :]
+            scale_places = scales[:, None] + (group + start)[None, :]
+            if SIZE % DEPTH == 0:
+                some_states = tl.load(state_places)
+                words = tl.load(word_places, eviction_policy="evict_first")
+                scale = tl.load(scale_places)
+            else:
+                some_states = tl.load(state_places, mask=(column + start * GROUP < SIZE)[:, None], other=0.0)
+                known_words = (word + start * (GROUP // 8) < SIZE // 8)[None, :]
+                words = tl.load(word_places, mask=known_words, other=0, eviction_policy="evict_first")
+                scale = tl.load(scale_places, mask=(group + start < SIZE // GROUP)[None, :], other=0.0)
+            sums = tl.dot(decode_int4(words, scale, some_states), some_states, sums, input_precision="ieee")
+    else:
+        # Columns in one word of the weights.
+        packed: tl.constexpr = 2 if ENCODING == E4M3_BITS else 1
+        column = tl.arange(0, DEPTH)
+        word = tl.arange(0, DEPTH // packed)
+        for start in range(0, SIZE // packed, DEPTH // packed):
+            word_places = weights[:, None] + (word + start)[None, :]
+            some_states = some_columns(states, known, column + start * packed, SIZE, DEPTH)
+            if SIZE % DEPTH != 0:
+                inside = (word + start < SIZE // packed)[None, :]
+                if weights_known is not None:
+                    inside &= weights_known[:, None]
+                words = tl.load(word_places, mask=inside, other=0.0, eviction_policy="evict_first")
+            elif weights_known is not None:
+                words = tl.load(word_places, mask=weights_known[:, None], other=0.0, eviction_policy="evict_first")
+            else:
+                words = tl.load(word_places, eviction_policy="evict_first")
+            if ENCODING == E4M3_BITS:
+                words = decode_e4m3(words, some_states)
+            sums = tl.dot(words, some_states, sums, input_precision="ieee")
+            if TAIL_ROWS != 0:
+                some_states = some_columns(tail_states, tail_known, column + start * packed, SIZE, DEPTH)
+                tail_sums = tl.dot(words, some_states, tail_sums, input_precision="ieee")
     if TAIL_ROWS == 0:
         tail_sums = sums
     return sums, tail_sums
@@ -133,10 +154,14 @@ def grouped_products(
 
 
 @triton.jit
-def encoded_rows(WEIGHTS, row, SIZE: tl.constexpr, ENCODING: tl.constexpr):
-    """Where the weights of each of `row` begin."""
-    packed: tl.constexpr = 2 if ENCODING == E4M3_BITS else 1
-    return WEIGHTS + row * (SIZE // packed)
+def encoded_rows(WEIGHTS, SCALE, row, SIZE: tl.constexpr, ENCODING: tl.constexpr):
+    """Where the weights and the scales of each of `row` begin; the second means nothing where no group has a scale."""
+    packed: tl.constexpr = 8 if ENCODING == INT4 else 2 if ENCODING == E4M3_BITS else 1
+    weights = WEIGHTS + row * (SIZE // packed)
+    scales = weights
+    if ENCODING == INT4:
+        scales = SCALE + row * (SIZE // GROUP)
+    return weights, scales
 
 
 @triton.jit(do_not_specialize=["pairs"])
@@ -157,8 +182,8 @@ def gate_up_product(
             # The plan is not there yet; where every expert has a block, its number is the expert's.
             row = tl.minimum(tl.program_id(0) // tiles, EXPERTS - 1).to(tl.int64) * (2 * INTERMEDIATE)
             row += first
-            gate = encoded_rows(GATE_UP, row, HIDDEN_SIZE, ENCODING)
-            up = encoded_rows(GATE_UP, row + INTERMEDIATE, HIDDEN_SIZE, ENCODING)
+            gate, _ = encoded_rows(GATE_UP, GATE_UP_SCALE, row, HIDDEN_SIZE, ENCODING)
+            up, _ = encoded_rows(GATE_UP, GATE_UP_SCALE, row + INTERMEDIATE, HIDDEN_SIZE, ENCODING)
             fetch_ahead(gate, FETCHED_AHEAD // 2)
             fetch_ahead(up, FETCHED_AHEAD // 2)
         gdc_wait()
@@ -197,10 +222,10 @@ def gate_up_tile(
         channel_known = channel < INTERMEDIATE
         channel = tl.minimum(channel, INTERMEDIATE - 1)
     weight_row = expert * (2 * INTERMEDIATE) + channel + lane // WEIGHT_ROWS * INTERMEDIATE
-    weights = encoded_rows(GATE_UP, weight_row, HIDDEN_SIZE, ENCODING)
+    weights, scales = encoded_rows(GATE_UP, GATE_UP_SCALE, weight_row, HIDDEN_SIZE, ENCODING)
     sums, tail_sums = row_products(
         X + token.to(tl.int64) * HIDDEN_SIZE, pair < pairs, X + tail_token.to(tl.int64) * HIDDEN_SIZE,
-        tail_pair < pairs, weights, channel_known,
+        tail_pair < pairs, weights, channel_known, scales,
         MAIN_ROWS, TAIL_ROWS, 2 * WEIGHT_ROWS, HIDDEN_SIZE, DEPTH, ENCODING,
     )  # fmt: skip
 
@@ -264,7 +289,7 @@ def down_product(
         # The plan is older than the kernel before this one, which waited for it before it let this one start.
         if tl.program_id(0) < tl.minimum(FIRST_PROGRAMS, used * tiles):
             row = tl.load(BLOCK_EXPERT + tl.program_id(0) // tiles).to(tl.int64) * HIDDEN_SIZE + first
-            start = encoded_rows(DOWN, row, INTERMEDIATE, ENCODING)
+            start, _ = encoded_rows(DOWN, DOWN_SCALE, row, INTERMEDIATE, ENCODING)
             fetch_ahead(start, FETCHED_AHEAD)
         gdc_wait()
         gdc_launch_dependents()
@@ -297,7 +322,7 @@ def down_tile(
         weight_row = expert * HIDDEN_SIZE + tl.minimum(channel, HIDDEN_SIZE - 1)
     states = HIDDEN + row.to(tl.int64) * INTERMEDIATE
     tail_states = HIDDEN + tail_row.to(tl.int64) * INTERMEDIATE
-    weights = encoded_rows(DOWN, weight_row, INTERMEDIATE, ENCODING)
+    weights, scales = encoded_rows(DOWN, DOWN_SCALE, weight_row, INTERMEDIATE, ENCODING)
     if ENCODING == E4M3_DOT:
         groups: tl.constexpr = (INTERMEDIATE + STATE_GROUP - 1) // STATE_GROUP
         state_scales = HIDDEN_SCALE + block * ((groups - 1) * (MAIN_ROWS + TAIL_ROWS))
@@ -307,7 +332,7 @@ def down_tile(
         )  # fmt: skip
     else:
         sums, tail_sums = row_products(
-            states, pair < pairs, tail_states, tail_pair < pairs, weights, None,
+            states, pair < pairs, tail_states, tail_pair < pairs, weights, None, scales,
             MAIN_ROWS, TAIL_ROWS, WEIGHT_ROWS, INTERMEDIATE, DEPTH, ENCODING,
         )  # fmt: skip
     scale = DOWN_SCALE + weight_row if ENCODING >= E4M3_BITS else DOWN_SCALE

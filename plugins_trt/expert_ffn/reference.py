@@ -11,16 +11,6 @@ from torch import Tensor
 INT4_GROUP = 32
 """Columns of a weight row that share one scale in the 4-bit encoding."""
 
-INT4_MAGNITUDES = (0.0525, 0.16, 0.269, 0.378, 0.4955, 0.626, 0.7865, 1.0)
-"""What a code's low three bits choose from, relative to the group's scale: numbers of least squared error for normal
-weights, with the scales that the export finds (Lloyd, Least squares quantization in PCM, 1982). They leave an error of
-8.1% of the weights, 16 even steps 8.3%; the pocket's experts are much like normal ones."""
-
-INT4_SCALE_BYTES = 4
-"""Bytes of a row's float32 scale in the 4-bit encoding."""
-
-_INT4_STATE_GROUP = 64
-
 FP8_STATE_GROUP = 128
 """Channels of an expert's hidden states that share one scale where activations are rounded to float8_e4m3fn."""
 
@@ -87,38 +77,27 @@ def expert_ffn_int4(
     gate_up_scale: Tensor,
     down_packed: Tensor,
     down_scale: Tensor,
-    *,
-    dynamic_activations: bool = True,
 ) -> Tensor:
-    """`expert_ffn` with 4-bit weights: a sign and one of eight magnitudes, times a scale for each group of 32 columns
-    of a row, rounded to float8_e4m3fn, times the row's scale.
+    """`expert_ffn` with 4-bit weights: codes -8..7 times a scale for each group of 32 columns of a row.
 
-    Of a group's 16 bytes, the four from `4 t` on (`t` below 4) are a little-endian word of eight magnitudes of three
-    bits, the lowest half byte first, for columns `4 t + i` and then `16 + 4 t + i` (`i` below 4). Sign bits are bit
-    `8 i + 7` of the word for column `4 t + i` and bit `8 i + 3` for column `16 + 4 t + i`. A GPU's matrix unit then
-    takes what becomes of a word from one thread.
-
-    Scales of N rows are one uint8 tensor `[E, 4 + K / 32, N]`: an expert's first `4 N` bytes are its rows' scales,
-    float32; then come its groups' scales, float8_e4m3fn, group by group.
+    A code is stored as `code + 8` in four bits. Of a group's 16 bytes, byte `4 t + 2 j + h` (`t` below 4, `j` and `h`
+    below 2) holds column `8 h + 2 t + j` in its low half and the column 16 further on in its high half: what a thread
+    of a GPU's matrix unit multiplies is then one word of four bytes.
 
     Args:
         x: token states, `[T, H]`.
         expert_ids: `[T, K]` int64, distinct within a token.
         expert_weights: `[T, K]`.
         gate_up_packed: `[E, 2I, H / 2]` uint8; H a multiple of 32.
-        gate_up_scale: `[E, 4 + H / 32, 2I]` uint8.
+        gate_up_scale: `[E, 2I, H / 32]`.
         down_packed: `[E, H, I / 2]` uint8; I a multiple of 32.
-        down_scale: `[E, 4 + I / 32, H]` uint8.
-        dynamic_activations: round `x` to float8_e4m3fn, with a scale for each row that is its largest magnitude / 448,
-            and each expert's hidden states with such a scale for each 64 channels of a row.
+        down_scale: `[E, H, I / 32]`.
 
     Returns:
         `[T, H]` in the dtype of `x`.
     """
-    gate_up, down = from_int4(gate_up_packed, gate_up_scale, x.dtype), from_int4(down_packed, down_scale, x.dtype)
-    if not dynamic_activations:
-        return expert_ffn(x, expert_ids, expert_weights, gate_up, down)
-    return _mixture(_round_to_fp8(x), expert_ids, expert_weights, gate_up, down, rounded=_round_int4_states)
+    gate_up = _from_int4(gate_up_packed, gate_up_scale, x.dtype)
+    return expert_ffn(x, expert_ids, expert_weights, gate_up, _from_int4(down_packed, down_scale, x.dtype))
 
 
 def expert_parts(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -183,15 +162,8 @@ def expert_parts_int4(
     Returns:
         `[T, K, H]` in the dtype of `x`, in the order of a token's choices.
     """
-    gate_up, down = from_int4(gate_up_packed, gate_up_scale, x.dtype), from_int4(down_packed, down_scale, x.dtype)
-    return _parts(_round_to_fp8(x), expert_ids, expert_weights, gate_up, down, rounded=_round_int4_states)
-
-
-def int4_table() -> Tensor:
-    """The eight magnitudes for each scale: float8_e4m3fn `[128, 8]`, the scale's bits first; of no number, zeros."""
-    scales = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    table = scales.nan_to_num(0.0)[:, None] * torch.tensor(INT4_MAGNITUDES)
-    return table.to(torch.float8_e4m3fn)
+    gate_up = _from_int4(gate_up_packed, gate_up_scale, x.dtype)
+    return expert_parts(x, expert_ids, expert_weights, gate_up, _from_int4(down_packed, down_scale, x.dtype))
 
 
 _Rounding = Callable[[Tensor], Tensor]
@@ -237,24 +209,8 @@ def _round_groups_to_fp8(states: Tensor) -> Tensor:
     return torch.cat([_round_to_fp8(group) for group in torch.split(states, FP8_STATE_GROUP, dim=-1)], dim=-1)
 
 
-def _round_int4_states(states: Tensor) -> Tensor:
-    return torch.cat([_round_to_fp8(group) for group in torch.split(states, _INT4_STATE_GROUP, dim=-1)], dim=-1)
-
-
-def from_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights `[E, N, K]` that codes `[E, N, K / 2]` and scales `[E, 4 + K / 32, N]` stand for."""
-    row_scale, group_scale = split_int4_scale(scale)
-    words = packed.view(*packed.shape[:2], -1, 4, 4)  # group, t, byte
-    # Half, i and its sign: a byte holds the magnitudes of two neighbours, and the signs of one column in either half.
-    magnitude = torch.stack([words & 7, words >> 4 & 7], dim=-1).view(*words.shape[:-1], 2, 4)
-    sign = 1 - 2 * torch.stack([words >> 7, words >> 3 & 1], dim=-2).to(torch.int8)
-    index = group_scale.transpose(1, 2)[..., None, None, None].to(torch.int32) * 8 + magnitude
-    numbers = int4_table().float().flatten().to(packed.device)[index] * sign
-    weights = numbers.transpose(-3, -2).reshape(*packed.shape[:2], -1)  # columns are 16 half + 4 t + i
-    return (weights * row_scale[..., None]).to(dtype)
-
-
-def split_int4_scale(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales of rows `[E, N]` float32 and of groups `[E, K / 32, N]` uint8, of both in one tensor."""
-    row_scale, group_scale = scale.tensor_split([INT4_SCALE_BYTES], dim=1)
-    return row_scale.flatten(1).view(torch.float32), group_scale
+def _from_int4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    # Axes: group, t, j, h.
+    places = packed.view(*packed.shape[:-1], -1, 4, 2, 2)
+    codes = torch.stack([places & 0x0F, places >> 4], dim=-4).movedim(-1, -3).flatten(-4).to(dtype) - 8
+    return (codes * scale.to(dtype).unsqueeze(-1)).flatten(-2)

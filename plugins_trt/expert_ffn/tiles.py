@@ -37,8 +37,8 @@ class Tiles:
 # By the most token rows an expert has on average. Narrow blocks serve decoding, where reading the weights is all the
 # work; wide ones serve prefill and many canvases. Those of 32, 64 and 128 rows were measured on an H200 with Triton 3.6
 # by `python -m benchmarks.gpu.experts --tune`, 128 experts of 2816 x 704: the least sum of both products at 256 to 8192
-# tokens. Those of 48, 96 and 160 rows, of `E4M3_DOT` all, and the 4-bit ones were not: they are the ones that read
-# the fewest bytes from the L2 cache and fit the registers of sm_90.
+# tokens. Those of 48, 96 and 160 rows, of `E4M3_DOT` all, and the 4-bit ones of few rows were not: they are the ones
+# that read the fewest bytes from the L2 cache and fit the registers of sm_90.
 _TABLES = {
     WIDE.value: (
         (24, Tiles(32, Product(128, 64, 8, 4), Product(128, 64, 4, 5))),
@@ -58,17 +58,15 @@ _TABLES = {
         (math.inf, Tiles(128, Product(64, 128, 8, 4), Product(128, 128, 8, 3))),
     ),
     INT4.value: (
-        (48, Tiles(32, Product(64, 128, 4, 5), Product(128, 128, 4, 5))),
-        (160, Tiles(64, Product(64, 128, 4, 5), Product(64, 128, 4, 5))),
-        (math.inf, Tiles(128, Product(64, 128, 4, 5), Product(64, 128, 4, 5))),
+        (48, Tiles(32, Product(64, 128, 4, 4), Product(128, 128, 4, 3))),
+        (160, Tiles(64, Product(128, 128, 8, 3), Product(128, 128, 4, 3))),
+        (math.inf, Tiles(128, Product(128, 128, 8, 3), Product(128, 128, 8, 3))),
     ),
 }
 _SMALL = Tiles(32, Product(32, 32, 4, 2), Product(64, 32, 4, 2))
 """For GPUs of 99 KB of shared memory a block, and for float32."""
 _SMALL_E4M3 = Tiles(32, Product(128, 64, 8, 2), Product(64, 64, 4, 2))
 """The same of 8-bit numbers, whose hidden states have a scale for each 128 channels of a tile."""
-_SMALL_INT4 = Tiles(32, Product(64, 128, 4, 3), Product(64, 128, 4, 3))
-"""The same for 4-bit weights, whose hidden states share scales among 64 channels."""
 
 
 def choose_tiles(rows_per_expert: float, encoding: int, element_size: int, gpu: Gpu) -> Tiles:
@@ -81,7 +79,7 @@ def choose_tiles(rows_per_expert: float, encoding: int, element_size: int, gpu: 
         gpu: where they run.
     """
     if element_size > 2 or not gpu.is_large:
-        return {E4M3_DOT.value: _SMALL_E4M3, INT4.value: _SMALL_INT4}.get(encoding, _SMALL)
+        return _SMALL_E4M3 if encoding == E4M3_DOT.value else _SMALL
     return next(tiles for most, tiles in _TABLES[encoding] if rows_per_expert <= most)
 
 

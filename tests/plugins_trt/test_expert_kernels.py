@@ -53,6 +53,8 @@ CASES = [
 EVEN = CASES[-1]
 GROUPS = Experts("several groups of hidden channels, the last one not full", 9, 64, 288, 3)
 WIDE = Experts("blocks of a power of two and a tail, full and not, one of them with an empty tail", 57, 64, 160, 3, 2)
+GROUPED = [case for case in CASES if case.hidden % 32 == case.intermediate % 32 == 0]
+"""Those whose sizes the 4-bit encoding can hold."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,27 @@ def test_every_fp8_code(interpreter: Interpreter) -> None:
     torch.testing.assert_close(output.double(), expected.expand(256, 256), rtol=8 * U32, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", [GROUPED[0], GROUPED[-1]], ids=lambda case: case.catches)
+def test_int4_weights(interpreter: Interpreter, case: Experts, dtype: torch.dtype) -> None:
+    """Catches halves of bytes, groups or scales that are swapped."""
+    layer = mixture(case, dtype)
+    random = torch.Generator().manual_seed(1)
+    encoded, true = [], []
+    for weights in (layer.gate_up, layer.down):
+        *shape, size = weights.shape
+        codes = torch.randint(-8, 8, (*shape, size // 32, 32), generator=random)
+        scale = (torch.rand(*shape, size // 32, generator=random) / 8).to(dtype)
+        low, high = (codes + 8).to(torch.uint8).chunk(2, dim=-1)
+        order = [8 * h + 2 * t + j for t in range(4) for j in range(2) for h in range(2)]
+        encoded += [(low + 16 * high)[..., order].flatten(-2), scale]
+        # Weights are rounded to the dtype of the activations.
+        true.append((codes * scale.unsqueeze(-1)).flatten(-2))
+    output = interpreter(kernel.expert_ffn_int4, *layer.tokens, *encoded)
+    assert_close(output, oracle(Mixture(*layer.tokens, *true)))
+    assert_close(reference.expert_ffn_int4(*layer.tokens, *encoded), oracle(Mixture(*layer.tokens, *true)))
+
+
 @pytest.mark.parametrize("case", [ORDINARY, GROUPS], ids=lambda case: case.catches)
 @pytest.mark.parametrize("rounded", [False, True])
 def test_fp8_reference(rounded: bool, case: Experts) -> None:
@@ -276,6 +299,7 @@ _META = {
     "bf16": (kernel.expert_ffn, torch.bfloat16, 1, None, {}),
     "fp8": (kernel.expert_ffn_fp8, torch.float8_e4m3fn, 1, torch.float32, {"dynamic_activations": False}),
     "fp8-dynamic": (kernel.expert_ffn_fp8, torch.float8_e4m3fn, 1, torch.float32, {}),
+    "int4": (kernel.expert_ffn_int4, torch.uint8, 2, torch.bfloat16, {}),
 }
 
 
@@ -288,6 +312,7 @@ _META = {
         *(pytest.param("fp8-dynamic", 256, capability) for capability in (89, 90, 120)),
         *(pytest.param(encoding, 8192, 100) for encoding in ("bf16", "fp8-dynamic")),
         *(pytest.param("fp8-dynamic", tokens, 90) for tokens in (512, 1024, 8192)),
+        *(pytest.param("int4", 256, capability) for capability in (80, 90)),
     ],
 )
 def test_compiles(monkeypatch: pytest.MonkeyPatch, encoding: str, tokens: int, capability: int) -> None:
