@@ -171,7 +171,7 @@ class TorchEngine:
         aside = torch.cuda.Stream(self._device) if beside else None  # type: ignore[no-untyped-call]
         # Calls of one canvas have compiled code of their own, for their exact sizes; the others share one for any.
         self._steps = {
-            (kind, alone): compile_regions(step, compiled, aside, self.options.prefetched)
+            (kind, alone): compile_regions(step, compiled, aside)
             for kind, step in (("encode", steps.encode), ("denoise", steps.denoise))
             for alone in (True, False)
         }

@@ -40,8 +40,6 @@ class Options:
     """Capture CUDA graphs."""
     beside: bool = False
     """Run the dense feed-forward beside the experts on a second CUDA stream."""
-    prefetched: int = 0
-    """Bytes of a layer's weights that the second stream asks for while the first one attends."""
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @classmethod

@@ -3,8 +3,7 @@
 Compiled as a whole, thirty layers take minutes at every start; layers of one type are the same computation on other
 weights. A layer's span runs from its first product to the next layer's, so that the residual, the norms around it and
 the layer's scalar still become one kernel. Inside a span the dense feed-forward is a region of its own, which can run
-beside the experts on a second stream: both wait for memory, and each hides the other's launches. Attention leaves
-memory idle: beside it the second stream can ask for the weights that are multiplied next.
+beside the experts on a second stream: both wait for memory, and each hides the other's launches.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ _PRODUCTS: dict[object, int] = {
 }
 """Which argument of each is its weight."""
 _READOUT = torch.ops.dgemma.canvas_readout.default
-_ATTENTION = torch.ops.dgemma.canvas_attention.default
 _EXPERTS = tuple(
     getattr(torch.ops.dgemma, f"expert_{kind}{encoding}").default
     for kind in ("ffn", "parts")
@@ -37,29 +35,21 @@ _EXPERTS = tuple(
 _LAYER = re.compile(r"_layers_(\d+)_")
 
 
-def compile_regions(
-    step: fx.GraphModule, compile_region: Compile, aside: torch.cuda.Stream | None, prefetched: int = 0
-) -> fx.GraphModule:
+def compile_regions(step: fx.GraphModule, compile_region: Compile, aside: torch.cuda.Stream | None) -> fx.GraphModule:
     """The same step as calls of compiled regions, equal ones compiled once.
 
     Args:
         step: the step with its weights as attributes.
         compile_region: compiles a module.
         aside: a stream for what can run beside something else; None runs all in order.
-        prefetched: bytes of a layer's weights to ask for while it attends; needs `aside`.
     """
     top = _Top(step, compile_region)
     for span in _spans(step.graph):
         before, beside, main, after = _parts(span)
+        top.call(before)
         if beside and aside is not None:
-            attention = next((i for i, node in enumerate(before) if node.target is _ATTENTION), 0)
-            top.call(before[:attention])
-            if prefetched:
-                top.prefetch([*before[attention:], *beside], prefetched, aside)
-            top.call(before[attention:])
             top.call_beside(beside, main, aside)
         else:
-            top.call(before)
             top.call(beside)
             top.call(main)
         top.call(after)
@@ -84,14 +74,6 @@ class _Top:
         if nodes:
             region = _Region.of(nodes)
             self._take(region.outputs, self._call(region, lambda module: module, "region"))
-
-    def prefetch(self, nodes: Sequence[fx.Node], most: int, stream: torch.cuda.Stream) -> None:
-        """Ask for the weights of these products, in their order, on the second stream; `call_beside` joins it."""
-        places = ((node, _PRODUCTS[node.target]) for node in nodes if node.target in _PRODUCTS)
-        weights = tuple(self._moved[node.args[place]] for node, place in places)
-        if not hasattr(self._root, "prefetch"):
-            self._root.prefetch = _Prefetch(most, stream)
-        self._graph.call_module("prefetch", weights)
 
     def call_beside(self, beside: Sequence[fx.Node], main: Sequence[fx.Node], stream: torch.cuda.Stream) -> None:
         """Call a region on the second stream while another one runs."""
@@ -137,26 +119,6 @@ class _Beside(nn.Module):
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             return self._module(*inputs)
-
-
-class _Prefetch(nn.Module):
-    """Asks for weights on a second stream, from the point that the current one has reached."""
-
-    def __init__(self, most: int, stream: torch.cuda.Stream) -> None:
-        super().__init__()
-        self._most, self._stream = most, stream
-
-    def forward(self, *weights: Tensor) -> None:
-        """`most` bytes together."""
-        # Triton is there where a second stream is.
-        from plugins_trt.prefetch import prefetch
-
-        left = self._most
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for weight in weights:
-                prefetch(weight, left)
-                left -= min(left, weight.nbytes)
 
 
 class _Join(nn.Module):

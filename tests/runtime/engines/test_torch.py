@@ -236,43 +236,6 @@ def arguments(step: fx.GraphModule, hidden_size: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["encode", "denoise"])
-def test_weights_are_asked_for_while_a_layer_attends(
-    steps: Steps, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    """Catches weights asked for twice, after they are needed or of another layer, and more bytes than allowed."""
-    prefetch = pytest.importorskip("plugins_trt.prefetch", reason="Triton is not installed")
-    log: list[str] = []
-    asked: list[tuple[Tensor, int]] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream("main", []))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-
-    def noted_prefetch(weight: Tensor, most: int) -> None:
-        asked.append((weight, most))
-        log.append("asked")
-
-    def noted(module: nn.Module) -> nn.Module:
-        attends = any("canvas_attention" in str(node.target) for node in module.graph.nodes)  # type: ignore[union-attr]
-        return Noted(module, log, "attention" if attends else "region")
-
-    monkeypatch.setattr(prefetch, "prefetch", noted_prefetch)
-    step = getattr(steps, kind)
-    # The last layer of a prefill ends with its keys and values.
-    layers = range(len(tiny_bundle.manifest.model.layers) - (kind == "encode"))
-    parts = ("self_attn_o_proj_weight", "mlp_gate_proj_weight_merged", "mlp_down_proj_weight")
-    wanted = [step.get_buffer(f"model_decoder_layers_{layer}_{part}") for layer in layers for part in parts]
-    most = wanted[0].nbytes + wanted[1].nbytes + 8
-    cut = compile_regions(step, noted, FakeStream("second", []), most)  # type: ignore[arg-type]
-    with torch.no_grad():
-        cut(*arguments(step, tiny_bundle.manifest.model.hidden_size))
-    order = [entry for entry in log if entry != "region"]
-    assert order[: 4 * len(layers)] == ["asked", "asked", "asked", "attention"] * len(layers)
-    for (weight, allowed), want in zip(asked, wanted, strict=True):
-        assert weight.data_ptr() == want.data_ptr()
-        assert allowed >= 0
-    assert sum(min(weight.nbytes, allowed) for weight, allowed in asked) <= most * len(layers)
-
-
-@pytest.mark.parametrize("kind", ["encode", "denoise"])
 def test_the_dense_products_run_beside_the_experts(
     steps: Steps, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
