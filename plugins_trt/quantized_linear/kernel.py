@@ -43,8 +43,6 @@ class Tile:
     exact: bool = True
     """Add up each turn's products of 8-bit floats in float32. Hopper's matrix units sum them in fewer bits; left to
     themselves over all of K they save registers and additions."""
-    ahead: bool = False
-    """Ask for the weights before waiting for the kernel that makes the activations."""
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool | None = None) -> Tensor:
@@ -149,7 +147,6 @@ def multiply(
     partial = out if tile.splits == 1 else x.new_empty(tile.splits, rows, channels, dtype=torch.float32)
     grid = (triton.cdiv(rows, tile.tokens), triton.cdiv(channels, tile.weights), tile.splits)
     native, overlap = has_fp8(x.device), gpu_of(x.device).overlaps_kernels
-    lines = triton.cdiv(depth, tile.splits * _LINE) if tile.ahead and depth >= _LINE else 0
     _product[grid](
         x.contiguous(),
         row_scale,
@@ -167,7 +164,6 @@ def multiply(
         SPLITS=tile.splits,
         NARROW=tile.depth if tile.exact else None,
         OVERLAP=overlap,
-        AHEAD=triton.next_power_of_2(lines) if lines else 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         launch_pdl=overlap,
@@ -178,8 +174,6 @@ def multiply(
     return out
 
 
-_LINE = 128
-"""Bytes of a line of the L2 cache."""
 _ADDED = 1024
 """Numbers that one block of `_add_up` makes."""
 
@@ -224,7 +218,6 @@ def _product(
     SPLITS: tl.constexpr,
     NARROW: tl.constexpr,
     OVERLAP: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     # Blocks of one stretch of the weight run side by side, so that it is read from memory once.
     row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -233,14 +226,6 @@ def _product(
     turns = tl.cdiv(tl.cdiv(depth, DEPTH), SPLITS)
     start = tl.program_id(2) * turns * DEPTH
     if OVERLAP:
-        if AHEAD > 0:  # noqa: SIM102 (known when compiled, the program's number is not)
-            if tl.program_id(0) == 0:
-                line = tl.minimum(start + tl.arange(0, AHEAD) * 128, depth - 128)
-                ahead = weight + (channel % channels).to(tl.int64)[:, None] * depth + line[None, :]
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ahead.to(tl.int64)], tl.int32,
-                    is_pure=False, pack=1,
-                )  # fmt: skip
         gdc_wait()
         gdc_launch_dependents()
     # Rows and channels past the end read the first ones again; they are not stored.

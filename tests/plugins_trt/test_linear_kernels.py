@@ -177,15 +177,3 @@ def test_compiles_at_released_shapes(
         assert f".target sm_{capability}" in ptx
         if "DEPTH" in launch.arguments:
             assert re.search(FP8_PRODUCT[capability] if dynamic_activations else "mma", ptx)
-
-
-@pytest.mark.parametrize("splits", [1, 3])
-def test_weights_are_asked_for_before_the_wait(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches prefetches behind the wait, where they hide nothing, and those that the compiler drops."""
-    monkeypatch.setattr(kernel, "gpu_of", lambda device: Gpu(90, multiprocessors=132))
-    codes, weight = (torch.empty(rows, 2112, dtype=FP8, device="meta") for rows in (256, 2816))
-    scale = torch.empty(2816, device="meta")
-    tile = kernel.Tile(64, 128, 128, splits, 4, 4, exact=False, ahead=True)
-    launch, *_ = launches_of(kernel.multiply, codes, scale[:256], weight, scale, torch.bfloat16, tile)
-    ptx = compile_launch(launch, 90).asm["ptx"]
-    assert 0 < ptx.index("prefetch.global.L2") < ptx.index("griddepcontrol.wait")
