@@ -41,9 +41,9 @@ def sort_words(rng: Random) -> Example:
     return ask(phrase(rng, *templates, x=listed(rng, words)), joined(sorted(words)), sorted(words))
 
 
-def reverse_words(rng: Random) -> Example:
+def reverse_words(rng: Random, most: int = 6) -> Example:
     """Three to six words backwards."""
-    words = some_words(rng)
+    words = some_words(rng, most=most)
     templates = (
         "Reverse this list: {x}", "Reverse the list {x}.", "Reverse {x}", "Reverse the order: {x}",
         "Write these words backwards: {x}", "Reverse these words: {x}",
@@ -95,8 +95,8 @@ def then_reverse(rng: Random) -> Example:
 
 
 def then_sort(rng: Random) -> Example:
-    """A reversed list, then in order."""
-    first = reverse_words(rng)
+    """A reversed list of as many words as `sort_words` has, then in order."""
+    first = reverse_words(rng, most=5)
     prompt = phrase(rng, "Now sort it.", "Sort it.", "Now sort them.", "And sorted?", "Now sort the list.")
     return follow(first, prompt, joined(sorted(first.expected.split(", "))))
 
