@@ -18,8 +18,6 @@ from runtime.diffusion import CanvasDiffusion
 from runtime.engines.protocol import DenoiseRow, EncodeRow, Prefix
 from runtime.engines.torch.calls import Call
 from runtime.engines.torch.engine import TorchEngine
-from runtime.engines.torch.options import Options
-from runtime.engines.torch.program import Steps
 from runtime.random import CanvasStream
 from runtime.request import SamplingParameters
 
@@ -39,17 +37,10 @@ def sampling(seed: int, steps: int) -> SamplingParameters:
 
 
 class TimedEngine(TorchEngine):
-    """Notes how long the device worked on each call, and can be compiled anew with other options."""
+    """Notes how long the device worked on each call."""
 
     device_milliseconds = 0.0
     last_call: Call
-    _bound: Steps
-
-    def recompile(self, options: Options) -> None:
-        """Go on with these options of compilation, over the same weights and pool."""
-        self.options = options
-        self._calls.clear()
-        self._compile(self._bound)
 
     def replay_milliseconds(self, count: int = 8) -> float:
         """Of the call made last, when the host is not waited for between two of them."""
@@ -61,10 +52,6 @@ class TimedEngine(TorchEngine):
             end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / count
-
-    def _compile(self, steps: Steps) -> None:
-        self._bound = steps
-        super()._compile(steps)
 
     def run_call(self, call: Call) -> None:
         """Run a call between two events."""

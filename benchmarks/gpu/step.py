@@ -26,12 +26,15 @@ from benchmarks.gpu.reference_step import time_reference
 from benchmarks.gpu.released_model import LAYERS, released_config, released_model
 from benchmarks.gpu.step_check import check
 from benchmarks.gpu.step_floor import Limits, measure_limits, prefill_floor, step_floor
+from benchmarks.gpu.timeline import kernels_of, one_layer
 from export.weights import Precision
 from runtime.engines.torch.options import Options
 from runtime.engines.torch.program import Rewrites
 
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int4": "int4"}
-PIECES = ("step", "protocol", "prefill", "memory", "batches", "prefixes", "profile", "variants")
+PIECES = ("step", "protocol", "prefill", "memory", "batches", "prefixes", "profile", "timeline")
+"""In the order that they run in whatever the order of `--pieces`: a process that was profiled launches kernels more
+slowly from then on, 0.4 ms a step of the host in place of 0.2."""
 _PROTOCOL_STEPS = 16
 
 
@@ -57,7 +60,6 @@ class Bench:
             positions=max(longest, batched),
             encode_chunk=max(arguments.chunks),
             compiler=None if arguments.eager else "inductor",
-            compiler_options=arguments.inductor,
             graphs=not arguments.no_graphs,
             beside=not arguments.no_beside,
             rewrites=Rewrites(merge_products=not arguments.no_merge, take_apart=not arguments.no_apart),
@@ -163,20 +165,15 @@ class Bench:
             _say(f"  {milliseconds:8.4f} ms {milliseconds / total:6.1%} {count:6.0f}x  {name[:110]}")
         self.results["profile"] = [{"ms": ms, "count": count, "kernel": name} for ms, count, name in table]
 
-    def variants(self) -> None:
-        """One canvas compiled with other settings, over the same weights."""
-        options = self.engine.options
-        settings = {
-            "one stream": replace(options, beside=False),
-            "overlapping kernels": _inductor(options, {"triton.enable_pdl": True}),
-            "rows held in registers": _inductor(options, {"triton.multi_kernel": 2}),
-            "both": _inductor(options, {"triton.enable_pdl": True, "triton.multi_kernel": 2}),
-            "as before": options,
-        }
-        for name, other in settings.items():
-            self.engine.recompile(other)
-            _say(f"variant: {name}")
-            self._steps(1, self.arguments.prefix)
+    def timeline(self) -> None:
+        """What runs when, from one layer's experts to the next's, in a sliding and in a full layer."""
+        rows = canvases(self.engine, self.arguments.batch, self.arguments.prefix, 8)
+        denoise(self.engine, rows)
+        kernels = kernels_of(lambda: denoise(self.engine, rows))
+        for layer in (index for index in (2, 4) if index + 1 < len(self.config.layers)):
+            _say(f"between the experts of layers {layer} and {layer + 1}:")
+            for line in one_layer(kernels, layer):
+                _say(line)
 
     def memory(self) -> None:
         """Peaks since the engine was built, of what else was measured and of one user: a prompt of `--prefix` tokens
@@ -256,7 +253,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16")
     parser.add_argument("--layers", type=int, default=LAYERS, help="6 for a fifth of the model, to try things")
     parser.add_argument("--check", action="store_true", help="compare with the references instead of timing")
-    parser.add_argument("--pieces", type=_list(str), default=list(PIECES[:-1]), help=f"some of {','.join(PIECES)}")
+    parser.add_argument("--pieces", type=_list(str), default=list(PIECES), help=f"some of {','.join(PIECES)}")
     parser.add_argument("--batch", type=int, default=1, help="canvases of the profile")
     parser.add_argument("--prefix", type=int, default=1024)
     parser.add_argument("--batches", type=_list(int), default=[1, 2, 4, 8, 16])
@@ -272,25 +269,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-merge", action="store_true", help="leave q, k, v and gate, up apart")
     parser.add_argument("--no-apart", action="store_true", help="leave operations whole")
     parser.add_argument("--no-beside", action="store_true", help="one stream")
-    parser.add_argument(
-        "--inductor", type=_settings, default={}, help="the compiler's settings, as triton.enable_pdl=1,..."
-    )
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser.parse_args()
 
 
 def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
-
-
-def _settings(text: str) -> dict[str, str | int | bool]:
-    """`name=number,...`; numbers of switches are 0 and 1."""
-    pairs = (pair.partition("=") for pair in text.split(","))
-    return {name: int(value) if name.endswith("multi_kernel") else bool(int(value)) for name, _, value in pairs}
-
-
-def _inductor(options: Options, settings: dict[str, str | int | bool]) -> Options:
-    return replace(options, compiler_options={**options.compiler_options, **settings})
 
 
 def main() -> None:
@@ -305,7 +289,7 @@ def main() -> None:
         if arguments.eager:
             options = replace(options, compiler=None)
         precision = Precision(PRECISIONS[arguments.precision])
-        passed = check(released_config(arguments.layers), precision, _inductor(options, arguments.inductor))
+        passed = check(released_config(arguments.layers), precision, options)
         raise SystemExit(0 if passed else 1)
     bench = Bench(arguments)
     if arguments.reference:
@@ -313,7 +297,7 @@ def main() -> None:
         gc.collect()
         torch.cuda.empty_cache()
     if bench.run("build", bench.build):
-        for name in arguments.pieces:
+        for name in (name for name in PIECES if name in arguments.pieces):
             bench.run(name, getattr(bench, name))
     if failed := bench.results.get("failed"):
         raise SystemExit(f"failed: {', '.join(map(str, failed))}")

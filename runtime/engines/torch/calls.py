@@ -68,6 +68,8 @@ class Call:
         self.run()
         if graph_pool is not None:
             torch.cuda.current_stream().synchronize()
+            # What warming up allocated: the graph takes as much again, out of a pool of its own.
+            torch.cuda.empty_cache()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=graph_pool, stream=torch.cuda.current_stream()):
                 self._launch()

@@ -164,8 +164,8 @@ class TorchEngine:
 
     def _compile(self, steps: Steps) -> None:
         def compiled(module: Any) -> Any:
-            compiler, settings = self.options.compiler, self.options.compiler_options
-            return module if compiler is None else torch.compile(module, backend=compiler, options={**settings} or None)
+            compiler = self.options.compiler
+            return module if compiler is None else torch.compile(module, backend=compiler)
 
         beside = self._cuda and self.options.beside
         aside = torch.cuda.Stream(self._device) if beside else None  # type: ignore[no-untyped-call]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,8 +33,6 @@ class Options:
     """Most rows of one denoise call; the calls' numbers of rows are rounded up to powers of two."""
     compiler: str | None = None
     """Backend of `torch.compile`; None runs the graph node by node."""
-    compiler_options: Mapping[str, str | int | bool] = field(default_factory=dict)
-    """The backend's own settings, for instance Inductor's `triton.enable_pdl`."""
     graphs: bool = False
     """Capture CUDA graphs."""
     beside: bool = False
