@@ -31,6 +31,7 @@ from runtime.engines.protocol import (
 )
 from runtime.engines.torch.calls import Buffer, Call
 from runtime.engines.torch.inputs import denoise_inputs, encode_inputs
+from runtime.engines.torch.kv_writes import Target, write_outputs
 from runtime.engines.torch.options import Options
 from runtime.engines.torch.program import Fill, Steps, bind
 from runtime.engines.torch.regions import compile_regions
@@ -168,13 +169,17 @@ class TorchEngine:
             return module if compiler is None else torch.compile(module, backend=compiler)
 
         beside = self._cuda and self.options.beside
-        aside = torch.cuda.Stream(self._device) if beside else None  # type: ignore[no-untyped-call]
+        aside = torch.cuda.Stream(self._device, priority=-1) if beside else None  # type: ignore[no-untyped-call]
         # Calls of one canvas have compiled code of their own, for their exact sizes; the others share one for any.
         self._steps = {
             (kind, alone): compile_regions(step, compiled, aside)
             for kind, step in (("encode", steps.encode), ("denoise", steps.denoise))
             for alone in (True, False)
         }
+        slots = ["sliding_slots" if layer.sliding else "full_slots" for layer in self.facts.layers]
+        targets = [Target(*each) for pools in (self.keys, self.values) for each in zip(pools, slots, strict=True)]
+        for alone in (True, False):
+            write_outputs(self._steps["encode", alone], targets)
         self._derive = {"encode": compiled(encode_inputs), "denoise": compiled(denoise_inputs)}
 
     def _on_device(self) -> AbstractContextManager[Any]:
@@ -281,18 +286,14 @@ class TorchEngine:
         """Run one kind of step on what its rows' buffer holds."""
         key = (kind, tuple(fields["token_ids"].shape) == (1, self.facts.canvas_length))
         step = self._steps[key]
-        inputs = self._derive[kind](self.facts.sliding_window, **fields)
+        slots = {name: fields.pop(name) for name in ("sliding_slots", "full_slots") if name in fields}
+        inputs = self._derive[kind](self.facts.sliding_window, **fields) | slots
         names = (node.target for node in step.graph.find_nodes(op="placeholder"))
         results: tuple[Tensor, ...] = step(*(inputs[name] for name in names))
         return results
 
     def _run_encode(self, inputs: Buffer, outputs: Buffer) -> None:
-        fields = dict(inputs.device)
-        slots = {True: fields.pop("sliding_slots"), False: fields.pop("full_slots")}
-        new = self._run_step("encode", fields)
-        for index, layer in enumerate(self.facts.layers):
-            for pool, rows in ((self.keys, new[index]), (self.values, new[len(self.facts.layers) + index])):
-                pool[index].flatten(0, 1).index_copy_(0, slots[layer.sliding], rows[0])
+        self._run_step("encode", dict(inputs.device))
 
     def _run_denoise(self, inputs: Buffer, outputs: Buffer) -> None:
         *readout, soft_embedding = self._run_step("denoise", {"states": self.states, **inputs.device})
