@@ -17,7 +17,9 @@ class PageGroup:
         self.size = size
         self.held = self.promised = 0
         """Pages counted once for every share that holds them, and pages that shares may still take."""
-        self._free = deque(range(size))
+        # The page that was let go last is taken first: memory that was never written takes none, and what was just
+        # written is in the caches.
+        self._free = list(reversed(range(size)))
         self._references = [0] * size
         self._slight: OrderedDict[int, None] = OrderedDict()
         self._worthy: OrderedDict[int, None] = OrderedDict()
@@ -57,7 +59,7 @@ class PageGroup:
 
     def take(self) -> int:
         """A page without content, held once."""
-        page = self._free.popleft() if self._free else self._evict()
+        page = self._free.pop() if self._free else self._evict()
         self._references[page] = 1
         self.held += 1
         return page

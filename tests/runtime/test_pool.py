@@ -337,6 +337,18 @@ def test_one_long_prompt_does_not_wash_out_the_windows_of_others() -> None:
     assert prefill(pages, SYSTEM)[1] == 40
 
 
+def test_pages_that_were_let_go_are_used_before_new_ones() -> None:
+    """Catches pages taken in turn: requests that need three at a time would write a whole pool, and keep its memory."""
+    used: set[int] = set()
+    pages = pool()
+    for name in range(50):
+        sequence, shared = prefill(pages, [name] * 7, answer=5)
+        assert shared == 0
+        used.update(sequence.cover(7, 12).full_pages)
+        sequence.release()
+    assert len(used) == 3
+
+
 def test_a_prefix_needs_its_window_as_well() -> None:
     """Catches sharing by the full layers alone, where the sliding pages behind them are gone."""
     pages = pool(sliding_pages=5, full_pages=500)
