@@ -33,8 +33,8 @@ from runtime.engines.torch.program import Rewrites
 
 PRECISIONS = {"bf16": "bfloat16", "fp8": "fp8", "int4": "int4"}
 PIECES = ("step", "protocol", "prefill", "memory", "batches", "prefixes", "profile", "timeline")
-"""In the order that they run in whatever the order of `--pieces`: a process that was profiled launches kernels more
-slowly from then on, 0.4 ms a step of the host in place of 0.2."""
+"""In the order that they run in whatever the order of `--pieces`: after profiling, the host was seen to take 0.4 ms a
+step in place of 0.2."""
 _PROTOCOL_STEPS = 16
 
 
