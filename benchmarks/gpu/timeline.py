@@ -25,7 +25,7 @@ class Kernel:
 
 
 def kernels_of(work: Callable[[], object]) -> list[Kernel]:
-    """What `work` runs on the GPU, by begin. Later launches of the process may be slower: measure other things first."""
+    """What `work` runs on the GPU, by begin. Later launches may be slower for it: measure other things first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
