@@ -28,9 +28,13 @@ class Sink(Protocol):
     def ready(self) -> bool:
         """False parks the request between two steps while others go on; see `Handle.wake`.
 
-        It keeps its pages for `Limits.park_seconds`. Then it gives them back, and is encoded anew once its sink is
-        ready and its turn has come: nothing that was committed is lost, and its answer stays the same.
+        It keeps its pages for `Limits.park_seconds`, unless others need them. Then it gives them back, and is encoded
+        anew once its sink has caught up and its turn has come: nothing that was committed is lost, and its answer stays
+        the same.
         """
+
+    def caught_up(self) -> bool:
+        """Whether a request that has given its pages back should be encoded anew: not for the next step alone."""
 
 
 @dataclass(frozen=True)

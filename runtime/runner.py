@@ -228,6 +228,8 @@ class Runner:
         self._sweep()
         self._admit()
         chosen = self._scheduler.next(Job.need, self._calls.rows)
+        if not chosen and self._admit():
+            return True  # in place of those that `next` has found idle
         slow = self._scheduler.overdue()
         with self._lock:
             for ticket in slow:
@@ -249,8 +251,9 @@ class Runner:
             if self._scheduler.empty:
                 self._idle.set()
 
-    def _admit(self) -> None:
-        awake = [ticket for ticket in self._scheduler.suspended if ticket.work.sink.ready()]
+    def _admit(self) -> bool:
+        """Take in who has come or come back, as far as there is room; whether anybody was."""
+        awake = [ticket for ticket in self._scheduler.suspended if ticket.work.sink.caught_up()]
         with self._lock:
             for ticket in awake:
                 self._scheduler.resume(ticket)
@@ -259,6 +262,7 @@ class Runner:
             ticket.work.generation.rewind()
         for ticket in admission.admitted:
             self._hand_out(ticket, self._begin(ticket))
+        return bool(admission.admitted)
 
     def _begin(self, ticket: Ticket[Job]) -> list[Event] | Exception:
         job = ticket.work

@@ -3,10 +3,10 @@
 No tensors, no threads, no engine. The caller asks `sweep`, `admit` and `next` once a step and does what they say.
 
 Requests wait by priority, and within it clients in turn (`runtime.waiting`). Nobody overtakes the request that is next:
-what it needs becomes free in time. BATCH requests give way: where an INTERACTIVE request finds no room and theirs is
-what it needs, the newest of them go back to the queue, keeping what they have committed. So that they do not starve,
-BATCH requests that are older than `Limits.ageing` have a quarter of the places, where they go first and are not sent
-back.
+what it needs becomes free in time. Requests whose readers are behind cannot go on, and give way to whoever waits. BATCH
+requests give way to INTERACTIVE ones: where one finds no room and theirs is what it needs, the newest of them go back
+to the queue, keeping what they have committed. So that they do not starve, BATCH requests that are older than
+`Limits.ageing` have a quarter of the places, where they go first and are not sent back.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Limits:
     ageing: float = 30.0
     """Seconds from its submission after which a BATCH request may claim one of the places kept for such."""
     park_seconds: float = 10.0
-    """How long a request whose reader is not ready keeps its pages and its slot."""
+    """How long a request whose reader is not ready keeps its pages and its slot where nobody else needs them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Admission(Generic[T]):
 
     admitted: list[Ticket[T]]
     sent_back: list[Ticket[T]]
-    """These were active before and wait again; some of them may be among the admitted once more."""
+    """These were active before and wait again, or are suspended; some may be among the admitted once more."""
 
 
 class Scheduler(Generic[T]):
@@ -234,7 +234,8 @@ class Scheduler(Generic[T]):
         if leaving is None:
             return False
         for each in leaving:
-            self.send_back(each)
+            leave = self.send_back if each.idle_since is None else self.suspend
+            leave(each)
             if each in admission.admitted:
                 admission.admitted.remove(each)
             else:
@@ -242,10 +243,15 @@ class Scheduler(Generic[T]):
         return True
 
     def _in_the_way(self, ticket: Ticket[T]) -> list[Ticket[T]] | None:
-        """Who must leave for the ticket to fit, the newest first and none in vain; None where it would not even so."""
+        """Who must leave for the ticket to fit, and none in vain; None where it would not even so.
+
+        First those that are idle, the longest first, then BATCH requests, the newest first.
+        """
         if self._fits(ticket, []):
             return []
-        leaving = self._yielding()[::-1] if self._has_claim(ticket) else []
+        leaving = self._idle()
+        if self._has_claim(ticket):
+            leaving += [each for each in self._yielding()[::-1] if each.idle_since is None]
         if not leaving or not self._fits(ticket, leaving):
             return None
         for oldest in reversed(leaving.copy()):
@@ -258,6 +264,11 @@ class Scheduler(Generic[T]):
         """Whether the ticket would fit, were some others not active."""
         slot = bool(self._free_slots or without)
         return slot and self._pool.fits(ticket.tokens, ticket.digests, [each.pages for each in without])
+
+    def _idle(self) -> list[Ticket[T]]:
+        """Active requests that could not go on when they were asked last, the longest first."""
+        idle = {each: each.idle_since for each in self._active if each.idle_since is not None}
+        return sorted(idle, key=idle.__getitem__)
 
     def _yielding(self) -> list[Ticket[T]]:
         """Active BATCH requests, less the longest-waiting ones that have a place of their own; by admission."""

@@ -132,6 +132,9 @@ class _Ending:
     def ready(self) -> bool:
         return True
 
+    def caught_up(self) -> bool:
+        return True
+
     def wait(self, seconds: float) -> Event | DgemmaError | None:
         """The end; None where it has not come in that time."""
         self._ended.wait(seconds)

@@ -2,7 +2,8 @@
 
 Drafts are replaced by newer ones and die with their block's commit; everything else is kept, in order. A client that
 reads slowly therefore never holds up the engine, and what it reads next is never an old draft. Commits that nobody has
-read yet are bounded: beyond the bound the generation is parked until the client has caught up.
+read yet are bounded: beyond the bound the generation is parked until there is room. Where it has given its memory back
+meanwhile, it is taken up again once half of them were read, since all of it is then encoded anew.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Mailbox:
         self._parked_since: float | None = None
         self._begun = False
         self.wake: Callable[[], None] = lambda: None
-        """Called when `ready` has turned true."""
+        """Called when `ready` or `caught_up` may have turned true."""
 
     def put(self, outcome: Event | DgemmaError) -> None:
         """Leave an event, or the error that ends the generation; never blocks, never raises."""
@@ -61,8 +62,15 @@ class Mailbox:
 
     def ready(self) -> bool:
         """Whether there is room for another block; if not the generation is parked until `wake` is called."""
+        return self._has_room(MAX_UNREAD)
+
+    def caught_up(self) -> bool:
+        """Whether half of the room is free again; if not `wake` is called after the next read."""
+        return self._has_room(MAX_UNREAD // 2 + 1)
+
+    def _has_room(self, most: int) -> bool:
         with self._lock:
-            full = len(self._kept) >= MAX_UNREAD
+            full = len(self._kept) >= most
             if full and self._parked_since is None:
                 self._parked_since = self._clock()
         return not full

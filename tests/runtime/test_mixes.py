@@ -80,6 +80,9 @@ class Moody:
             self.handle.wake()
         return ready
 
+    def caught_up(self) -> bool:
+        return self.ready()
+
     def told(self) -> Told:
         told: Told = []
         steps: list[bytes] = []

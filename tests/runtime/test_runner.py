@@ -33,7 +33,7 @@ from runtime.errors import (
 from runtime.events import Committed, Draft, Finished, Started
 from runtime.generation import Generation
 from runtime.request import GenerationRequest, SamplingParameters
-from runtime.runner import Outcome, Runner
+from runtime.runner import Load, Outcome, Runner
 from runtime.scheduler import Limits
 from runtime.ticket import Priority
 from runtime.vocabulary import Vocabulary
@@ -82,6 +82,9 @@ class Reader:
         return self.drafts
 
     def ready(self) -> bool:
+        return not self.blocked
+
+    def caught_up(self) -> bool:
         return not self.blocked
 
     def next(self) -> Outcome:
@@ -430,6 +433,32 @@ def test_who_is_parked_for_long_gives_its_memory_back_and_goes_on_where_it_was()
     assert told[0].token_ids.tolist() == answer[32:]
     assert isinstance(told[1], Finished)
     assert told[1].usage.denoising_steps == 8, "steps that were made twice are counted once"
+
+
+def test_who_is_parked_delays_nobody() -> None:
+    """Catches readers that have stopped reading and hold the only place, here for a whole day: until it is theirs
+    again others go on, and then their answers are whole. The clock stands still."""
+    engine, parked, late = FakeEngine(), Reader(), Reader()
+    answer = list(range(3, 60))
+    gate = engine.hold("denoise", 6)
+    with running(engine, Limits(max_active=1, park_seconds=86400.0), Clock()) as runner:
+        handle = runner.submit(request(2, *answer), parked)
+        gate.wait_reached()
+        parked.blocked = True
+        gate.release()
+        for token in (7, 8):
+            runner.submit(request(2, token), other := Reader())
+            assert other.answer() == [token]
+        assert runner.load == Load(waiting=0, active=0, suspended=1)
+        parked.blocked = False
+        handle.wake()
+        assert parked.answer() == answer
+        # Who comes when nobody else can go on is not kept waiting either.
+        parked.blocked = True
+        runner.submit(request(2, *answer), parked)
+        assert isinstance(parked.next(), Started)
+        runner.submit(request(2, 9), late)
+        assert late.answer() == [9]
 
 
 @pytest.mark.parametrize("way", ["cancel", "deadline", "drain"])

@@ -48,6 +48,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Of those that must end, why."""
         self.begun: set[int] = set()
         """Those that were ever admitted."""
+        self.idle: set[int] = set()
+        """Those that could not go on when they were asked last."""
 
     def tickets(self) -> list[Ticket[int]]:
         return [*self.waiting, *self.active, *self.suspended, *self.unswept]
@@ -103,19 +105,32 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def admit(self) -> None:
         admission = self.scheduler.admit()
+        idle = [ticket for ticket in admission.sent_back if ticket.work in self.idle]
         for ticket in admission.sent_back:
-            assert ticket.priority == Priority.BATCH, "who is watched gave way"
             self.active.remove(ticket)
-            (self.unswept if ticket.ending is not None else self.waiting).append(ticket)
+            if ticket in idle:
+                self.suspended.append(ticket)
+            else:
+                assert ticket.priority == Priority.BATCH, "who is watched and can go on gave way"
+                (self.unswept if ticket.ending is not None else self.waiting).append(ticket)
         for ticket in admission.admitted:
             self.waiting.remove(ticket)
             self.active.append(ticket)
             self.begun.add(ticket.work)
+            self.idle.discard(ticket.work)
         for ticket in admission.sent_back:
-            claims = [other for other in admission.admitted if other.priority > ticket.priority or self.aged(other)]
+            claims = [
+                other
+                for other in admission.admitted
+                if ticket in idle or other.priority > ticket.priority or self.aged(other)
+            ]
             assert claims, "somebody gave way in vain"
         assert self.pages(self.active) <= PAGES
         assert len(self.active) <= self.places
+        going_on = [ticket for ticket in self.active if ticket.work not in self.idle]
+        if self.waiting and len(going_on) < min(self.places, len(self.active)):
+            in_vain = [ticket for ticket in self.waiting if self.pages([*going_on, ticket]) > PAGES]
+            assert in_vain, "who cannot go on keeps its place while others wait for it"
         aged = [ticket for ticket in self.active if self.aged(ticket)]
         batch_only = all(ticket.priority == Priority.BATCH for ticket in self.waiting)
         fitting = [ticket for ticket in self.waiting if self.pages([*self.active, ticket]) <= PAGES]
@@ -123,7 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(fitting) < len(self.waiting), "all that wait would fit, and there is a place"
         if not batch_only and not any(map(self.aged, self.waiting)):
             # Nobody who waits has a place kept: those that are watched leave none to the others but by their size.
-            staying = [ticket for ticket in self.active if ticket.priority == Priority.INTERACTIVE or ticket in aged]
+            staying = [ticket for ticket in going_on if ticket.priority == Priority.INTERACTIVE or ticket in aged]
             if len(staying) < min(self.places, len(self.active)):
                 watched = [ticket for ticket in self.waiting if ticket.priority == Priority.INTERACTIVE]
                 in_vain = [ticket for ticket in watched if self.pages([*staying, ticket]) > PAGES]
@@ -138,6 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(turns):
             needs = {ticket.work: data.draw(st.sampled_from([None, 0, 0, 100, 256])) for ticket in self.active}
             chosen = self.scheduler.next(needs.__getitem__, rows)
+            self.idle = {work for work, need in needs.items() if need is None}
             assert len(chosen) <= rows
             assert len(set(chosen)) == len(chosen)
             assert set(chosen) <= set(self.active)
@@ -403,6 +419,27 @@ def test_who_is_parked_keeps_its_memory_for_a_while() -> None:
         desk.scheduler.next({"parked": need, "busy": 0}.get)
         assert desk.scheduler.overdue() == overdue, now
     assert desk.scheduler.wake_at() == 15.0
+
+
+def test_who_is_parked_gives_way_to_who_waits() -> None:
+    """Catches slow readers that hold places and pages which nobody uses: as many as it takes, the longest idle first,
+    nobody who can go on, and none in vain."""
+    desk = Desk(Limits(max_active=4, park_seconds=100.0))
+    parked = [desk.submit(name, 3 * PAGE) for name in ("first", "second", "third")]
+    desk.submit("busy", 3 * PAGE)
+    desk.admit()
+    for desk.now, idle in ((1.0, {"second"}), (2.0, {"first", "second", "third"})):
+        desk.scheduler.next({name: None if name in idle else 0 for name in ("first", "second", "third", "busy")}.get)
+    desk.submit("batch", 4 * PAGE, priority=Priority.BATCH)
+    admission = desk.scheduler.admit()
+    assert [ticket.work for ticket in admission.sent_back] == ["second", "first"]
+    assert [ticket.work for ticket in admission.admitted] == ["batch"]
+    assert set(desk.scheduler.suspended) == set(parked[:2])
+    desk.submit("large", 10 * PAGE)
+    assert desk.scheduler.admit().sent_back == []
+    for ticket in parked[:2]:
+        desk.scheduler.resume(ticket)
+    assert desk.scheduler.waiting == 3
 
 
 def test_encode_calls_are_shared_out_too() -> None:

@@ -138,6 +138,25 @@ async def test_a_full_mailbox_parks_until_it_is_read() -> None:
     assert woken == [5.0]  # it was not parked
 
 
+async def test_who_gave_its_memory_back_comes_again_for_more_than_one_block() -> None:
+    """Catches a generation that is encoded anew for every block that its slow reader reads."""
+    clock, woken = Clock(), []
+    mailbox = Mailbox(0.0, clock)
+    mailbox.wake = lambda: woken.append(clock.now)
+    for block in range(MAX_UNREAD):
+        mailbox.put(committed(block))
+    for read in range(MAX_UNREAD // 2):
+        clock.now += 1.0
+        assert not mailbox.caught_up(), "it could make so few blocks"
+        await mailbox.get()
+        assert len(woken) == read + 1
+    assert mailbox.caught_up()
+    assert mailbox.seconds_parked == 0.0
+    await mailbox.get()
+    mailbox.put(committed(MAX_UNREAD))
+    assert mailbox.caught_up()
+
+
 def test_putting_after_the_loop_has_ended_does_nothing() -> None:
     """Catches an exception on the engine's thread, which serves other requests."""
     mailbox = asyncio.run(_make())
