@@ -80,11 +80,15 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         async def guarded(requests: AsyncIterator[Any], context: Context) -> None:
             async with _translated(method, context):
                 CALLER.set(caller or by_peer(context))
-                if handler.request_streaming:
+                client = CALLER.get().name
+                if not handler.request_streaming:
+                    request = await self._receiving.only_message(requests, client, service)
+                    response = await inner(read(request), context)
+                elif method.startswith(OWN_METHODS):
                     response = await inner(_each(read, requests), context)
                 else:
-                    request = await self._receiving.only_message(requests, CALLER.get().name, service)
-                    response = await inner(read(request), context)
+                    async with self._receiving.place(client, service):
+                        response = await inner(_each(read, requests), context)
                 if not handler.response_streaming:
                     await context.write(response)
 

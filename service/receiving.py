@@ -2,8 +2,8 @@
 
 gRPC holds what has come of a message until it is whole, of as many as there are calls: 128 on each connection. A call
 that nobody reads holds no more than its flow-control window (`service.transport`), so calls of one message are not read
-before one of their client's places is free. Conversations always read; how many may be open is bounded
-(`service.held_texts`).
+before one of their client's places is free, and calls of reflection, whose messages are many, keep one to their end.
+Conversations always read; how many may be open is bounded (`service.held_texts`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Receiving:
             InvalidRequest: none came.
             SenderTooSlow: it did not come in time.
         """
-        async with self._place((client, service)):
+        async with self.place(client, service):
             try:
                 # gRPC's own iterator is a generator, which is not left to the garbage collector, call after call.
                 async with asyncio.timeout(self._patience), aclosing(cast(Any, aiter(requests))) as messages:
@@ -62,7 +62,9 @@ class Receiving:
                 raise SenderTooSlow(text) from None
 
     @asynccontextmanager
-    async def _place(self, whose: tuple[str, str]) -> AsyncIterator[None]:
+    async def place(self, client: str, service: str) -> AsyncIterator[None]:
+        """One of a client's places of a service, once it is free."""
+        whose = client, service
         line = self._lines.setdefault(whose, _Line())
         line.calls += 1
         try:

@@ -32,6 +32,7 @@ from tests.service.support import Harness, failure_of, finished, request, servin
 INITIAL_WINDOW_SIZE = 4
 """RFC 9113, section 6.5.2."""
 METHOD = "/diffusiongemma.v1.GenerationService/Generate"
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 class Sender:
@@ -51,9 +52,9 @@ class Sender:
         sender._writer.write(PREFACE + frame(SETTINGS, 0, 0))
         return sender
 
-    def begin(self, stream: int, length: int) -> None:
+    def begin(self, stream: int, method: str, length: int) -> None:
         """Open a call and announce a message, of which nothing comes."""
-        fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", METHOD.encode()), (b":authority", b"x")]
+        fields = [(b":method", b"POST"), (b":scheme", b"http"), (b":path", method.encode()), (b":authority", b"x")]
         fields += [(b"te", b"trailers"), (b"content-type", b"application/grpc")]
         block = b"".join(header(*each) for each in fields)
         self.windows[stream] = WINDOW_BYTES
@@ -96,13 +97,14 @@ class Sender:
         self._writer.close()
 
 
-async def test_no_client_fills_the_memory_with_messages_in_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", [METHOD, REFLECTION])
+async def test_no_client_fills_the_memory_with_messages_in_part(tmp_path: Path, method: str) -> None:
     """Catches a server that makes room for as many as there are calls: 128 of 4 MB, on each connection. It makes room
     for some, and for the next one once one of them has gone; meanwhile its other services answer."""
     async with serving(tmp_path) as harness:
         with closing(await Sender.connected(harness)) as sender:
             for stream in range(1, 2 * (PLACES + 4), 2):
-                sender.begin(stream, 4 << 20)
+                sender.begin(stream, method, 4 << 20)
             for _ in range(2):
                 await sender.until_taken(PLACES)
                 assert (await harness.models.GetModel(model_pb2.GetModelRequest(), timeout=30)).model.name == "fake"
