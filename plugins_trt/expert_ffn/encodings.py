@@ -145,17 +145,3 @@ def halves(pairs):
     """The two bfloat16 in each word of 32 bits along a new last axis, the lower half first."""
     lower = (pairs & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.join(lower, (pairs >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True))
-
-
-@triton.jit
-def round_to_e4m3(states):
-    """Nearest values of float8_e4m3fn to float32 `states` of at most 448, ties to even, still in float32.
-
-    Not left to the cast, for which old GPUs have no instruction and which Triton's interpreter gets wrong (3.9 loses
-    the carry into the exponent): that of these values is exact.
-    """
-    bits = states.to(tl.uint32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
-    # Below 2^-6 the step is 2^-9, which is the last place of a float32 about 1.5 * 2^14.
-    subnormal = (states + 24576.0) - 24576.0
-    return tl.where(tl.abs(states) < 0.015625, subnormal, normal)

@@ -260,7 +260,7 @@ def gated_states(x: States, plan: DispatchPlan, weights: ExpertWeights, product:
         x.values, x.scale, plan.rows, plan.block_expert, plan.used, _stored(weights.gate_up, weights),
         weights.gate_up_scale, hidden.values, hidden.scale, plan.pairs, experts, hidden_size, intermediate, top_k,
         weights.encoding, *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, gpu.rounds_to_e4m3,
-        overlap, num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
+        overlap, **product.options, launch_pdl=overlap,
     )  # fmt: skip
     return hidden
 
@@ -287,7 +287,7 @@ def weighted_parts(
         hidden.values, hidden.scale, plan.rows, plan.block_expert, plan.used, _stored(weights.down, weights),
         weights.down_scale, expert_weights, weighted, plan.pairs, hidden_size, intermediate, weights.encoding,
         *row_parts(plan.rows.shape[1]), product.weight_rows, product.depth, overlap,
-        num_warps=product.warps, num_stages=product.stages, launch_pdl=overlap,
+        **product.options, launch_pdl=overlap,
     )  # fmt: skip
     return weighted
 

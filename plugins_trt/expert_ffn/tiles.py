@@ -22,6 +22,13 @@ class Product:
     warps: int
     stages: int
     """Turns whose reads are under way at once."""
+    registers: int | None = None
+    """Most registers of a thread, for more blocks on a multiprocessor."""
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What a launch is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ _TABLES = {
         (math.inf, Tiles(128, Product(64, 128, 8, 4), Product(128, 128, 8, 3))),
     ),
     INT4.value: (
-        (48, Tiles(32, Product(64, 128, 4, 4), Product(128, 128, 4, 3))),
+        (48, Tiles(32, Product(64, 256, 4, 3), Product(128, 64, 4, 4, registers=128))),
         (160, Tiles(64, Product(128, 128, 8, 3), Product(128, 128, 4, 3))),
         (math.inf, Tiles(128, Product(128, 128, 8, 3), Product(128, 128, 8, 3))),
     ),

@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from plugins_trt.float8 import encode_e4m3, row_step
 from plugins_trt.gpu import Gpu, gpu_of, has_fp8
+from plugins_trt.overlap import fetch_ahead
 
-LARGEST = tl.constexpr(448.0)
-_SMALLEST_ABSMAX = tl.constexpr(2.0**-100)
 _ROW_BLOCK = 8192
 """Columns that `quantize_rows` holds at a time; a row of no more is read once."""
 
@@ -43,6 +43,9 @@ class Tile:
     exact: bool = True
     """Add up each turn's products of 8-bit floats in float32. Hopper's matrix units sum them in fewer bits; left to
     themselves over all of K they save registers and additions."""
+    ahead: bool = False
+    """Ask for the weights while the kernel before this one still runs: 3 us less a layer for 2816 channels in an H200's
+    step, but 2 us more for 8192, whose blocks cannot all wait at once."""
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool | None = None) -> Tensor:
@@ -114,8 +117,11 @@ def choose_tile(rows: int, channels: int, depth: int, dynamic_activations: bool,
         bytes_a_turn, columns = 128 * (weights + tokens), 128
     else:
         bytes_a_turn, columns = 64 * (weights + 2 * tokens), 64
-    stages = min(4, (_LARGE_MEMORY if gpu.is_large else _SMALL_MEMORY) // bytes_a_turn)
-    return Tile(weights, tokens, columns, splits, warps, stages, exact=not dynamic_activations)
+    memory = _LARGE_MEMORY if gpu.is_large else _SMALL_MEMORY
+    # A block that has a multiprocessor to itself reads further ahead: 9.9 against 11.6 us for 2816 channels.
+    alone = blocks * splits <= gpu.multiprocessors
+    stages = min(6 if alone else 4, memory // bytes_a_turn)
+    return Tile(weights, tokens, columns, splits, warps, stages, exact=not dynamic_activations, ahead=alone)
 
 
 _MANY_BLOCKS = 256
@@ -163,6 +169,7 @@ def multiply(
         WHOLE=depth % tile.depth == 0,
         SPLITS=tile.splits,
         NARROW=tile.depth if tile.exact else None,
+        AHEAD=overlap and tile.ahead,
         OVERLAP=overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -193,10 +200,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = min(triton.next_power_of_2(depth), _ROW_BLOCK)
     warps = 8 if block > 4096 else 4
-    overlap = gpu_of(x.device).overlaps_kernels
+    gpu = gpu_of(x.device)
     _quantize[(rows,)](
-        x.contiguous(), codes, scale, depth, block, depth <= block, overlap, num_warps=warps, launch_pdl=overlap
-    )
+        x.contiguous(), codes, scale, depth, block, depth <= block, gpu.rounds_to_e4m3, gpu.overlaps_kernels,
+        num_warps=warps, launch_pdl=gpu.overlaps_kernels,
+    )  # fmt: skip
     return codes, scale
 
 
@@ -217,6 +225,7 @@ def _product(
     WHOLE: tl.constexpr,
     SPLITS: tl.constexpr,
     NARROW: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     # Blocks of one stretch of the weight run side by side, so that it is read from memory once.
@@ -225,6 +234,11 @@ def _product(
     column = tl.arange(0, DEPTH)
     turns = tl.cdiv(tl.cdiv(depth, DEPTH), SPLITS)
     start = tl.program_id(2) * turns * DEPTH
+    if AHEAD and tl.program_id(0) == 0:
+        # The weights are older than the kernel before this one.
+        first = tl.program_id(1) * WEIGHTS
+        part = tl.minimum(WEIGHTS, channels - first) * depth // SPLITS
+        fetch_ahead(weight + first.to(tl.int64) * depth + tl.program_id(2) * part, part)
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -274,7 +288,9 @@ def _add_up(partial, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, OVERL
 
 
 @triton.jit
-def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr, ONCE: tl.constexpr, OVERLAP: tl.constexpr):
+def _quantize(
+    x, codes, scale, depth, BLOCK: tl.constexpr, ONCE: tl.constexpr, ROUNDS: tl.constexpr, OVERLAP: tl.constexpr
+):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
@@ -287,24 +303,13 @@ def _quantize(x, codes, scale, depth, BLOCK: tl.constexpr, ONCE: tl.constexpr, O
     for start in range(BLOCK, depth, BLOCK):
         more = tl.load(x + start + column, mask=start + column < depth, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(more))
-    step = tl.math.div_rn(tl.maximum(tl.max(largest, axis=0), _SMALLEST_ABSMAX), LARGEST.value)
+    step = row_step(tl.max(largest, axis=0))
     tl.store(scale + row, step)
     inverse = tl.math.div_rn(1.0, step)
     if ONCE:
-        tl.store(codes + column, _encode(values * inverse, codes.dtype.element_ty), mask=column < depth)
+        tl.store(codes + column, encode_e4m3(values * inverse, codes.dtype.element_ty, ROUNDS), mask=column < depth)
     else:
         for start in range(0, depth, BLOCK):
             inside = start + column < depth
             values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(codes + start + column, _encode(values * inverse, codes.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _encode(values, DTYPE: tl.constexpr):
-    values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
-    # To float8_e4m3fn's grid before the cast, which then has nothing left to round: the interpreter's cast
-    # (Triton 3.9) loses the carry into the exponent, so that 127.4 becomes 64.
-    bits = values.to(tl.uint32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
-    subnormal = (values + 24576.0) - 24576.0  # 1.5 * 2^14: float32's last bit there is 2^-9, the subnormals' grid
-    return tl.where(tl.abs(values) < 0.015625, subnormal, normal).to(DTYPE)  # 2^-6, the smallest normal number
+            tl.store(codes + start + column, encode_e4m3(values * inverse, codes.dtype.element_ty, ROUNDS), mask=inside)
