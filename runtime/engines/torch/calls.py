@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -54,7 +55,9 @@ def _views(buffer: Buffer, offset: int, shape: tuple[int, ...], dtype: torch.dty
 class Call:
     """Uploads the inputs, runs `body`, downloads the outputs; as one CUDA graph where asked for."""
 
-    def __init__(self, inputs: Buffer, outputs: Buffer, body: Callable[[], None], graph_pool: Any = None) -> None:
+    def __init__(
+        self, inputs: Buffer, outputs: Buffer, body: Callable[[], None], graph_pool: torch.cuda.MemPool | None = None
+    ) -> None:
         """Warm up and capture.
 
         Args:
@@ -64,14 +67,15 @@ class Call:
         """
         self.inputs, self.outputs, self._body = inputs, outputs, body
         self._graph: torch.cuda.CUDAGraph | None = None
-        # Compiles and tunes what is not yet; a capture must find everything loaded and allocated.
-        self.run()
+        # Compiles and tunes what is not yet; a capture must find everything loaded and allocated. It happens in the
+        # graph's own pool, so that the capture finds what warming up left there and nothing is reserved twice.
+        with nullcontext() if graph_pool is None else torch.cuda.use_mem_pool(graph_pool):
+            self.run()
         if graph_pool is not None:
             torch.cuda.current_stream().synchronize()
-            # What warming up allocated: the graph takes as much again, out of a pool of its own.
-            torch.cuda.empty_cache()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=graph_pool, stream=torch.cuda.current_stream()):
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(self._graph, pool=graph_pool.id, stream=stream):  # type: ignore[arg-type]
                 self._launch()
 
     def run(self) -> None:

@@ -90,7 +90,7 @@ class TorchEngine:
         self._cuda = self._device.type == "cuda"
         self.stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         """Everything is launched on it."""
-        self._graph_pool = torch.cuda.graph_pool_handle() if self._cuda and options.graphs else None
+        self._graph_pool = torch.cuda.MemPool() if self._cuda and options.graphs else None
         self._calls: dict[tuple[Any, ...], tuple[Call, PageTables]] = {}
         try:
             with self._on_device(), torch.no_grad():
@@ -147,6 +147,7 @@ class TorchEngine:
     def close(self) -> None:
         """Free the device's memory."""
         self._calls.clear()
+        self._graph_pool = None
         del self._steps, self._derive, self.keys, self.values, self.states
         if self._cuda:
             torch.cuda.empty_cache()
