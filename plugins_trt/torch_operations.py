@@ -38,7 +38,7 @@ class _Registration:
     def run_reference(self, *arguments: Any) -> Any:
         """The CPU's face; what it returns as views is made contiguous, as `results` promises."""
         result = self._face("reference")(*arguments)
-        return tuple(map(Tensor.contiguous, result)) if isinstance(result, tuple) else result.contiguous()
+        return type(result)(map(Tensor.contiguous, result)) if isinstance(result, tuple | list) else result.contiguous()
 
     def run_kernel(self, *arguments: Any) -> Any:
         """The GPU's face."""
@@ -91,6 +91,24 @@ def _routed(x: Tensor, weight: Tensor, per_expert_scale: Tensor, top_k: int) -> 
     return _chosen_experts(x, per_expert_scale, top_k)
 
 
+def _joined(residual: Tensor, *others: Any) -> list[Tensor]:
+    results = [_like_first(residual)]
+    for codes in others[-2]:
+        normed = _like_first(residual)
+        step = residual.new_empty(residual.shape[:-1], dtype=torch.float32)
+        results += [normed.to(torch.float8_e4m3fn), step] if codes else [normed]
+    return results
+
+
+def _attended_codes(query: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    codes = query.new_empty((*query.shape[:2], query.shape[2] * query.shape[3]), dtype=torch.float8_e4m3fn)
+    return codes, query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
+_ATTENTION = (
+    "Tensor query, Tensor key, Tensor value, Tensor key_pool, Tensor value_pool, Tensor page_table, "
+    "Tensor page_base, Tensor start, Tensor kv_start, Tensor kv_end"
+)
 _EXPERTS = "Tensor x, Tensor expert_ids, Tensor expert_weights"
 _SCALED = "Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale"
 _REGISTRATIONS = (
@@ -102,12 +120,7 @@ _REGISTRATIONS = (
     _Registration("expert_ffn", f"expert_ffn({_EXPERTS}, Tensor gate_up, Tensor down) -> Tensor", _like_first),
     _Registration("expert_ffn", f"expert_ffn_fp8({_EXPERTS}, {_SCALED}) -> Tensor", _like_first),
     _Registration("expert_ffn", f"expert_ffn_int4({_EXPERTS}, {_SCALED}) -> Tensor", _like_first),
-    _Registration(
-        "canvas_attention",
-        "canvas_attention(Tensor query, Tensor key, Tensor value, Tensor key_pool, Tensor value_pool, "
-        "Tensor page_table, Tensor page_base, Tensor start, Tensor kv_start, Tensor kv_end) -> Tensor",
-        _like_first,
-    ),
+    _Registration("canvas_attention", f"canvas_attention({_ATTENTION}) -> Tensor", _like_first),
     _Registration(
         "canvas_readout",
         "canvas_readout(Tensor hidden, Tensor embedding, Tensor temperature, Tensor uniform, Tensor guard, "
@@ -143,8 +156,17 @@ _PIECES = (
         "product_fp8(Tensor codes, Tensor code_scale, Tensor weight, Tensor scale, ScalarType dtype) -> Tensor",
         _product_of_codes,
     ),
+    _Registration("canvas_attention", f"canvas_attention_codes({_ATTENTION}) -> (Tensor, Tensor)", _attended_codes),
+    _Registration(
+        "residual_norm",
+        "residual_norm(Tensor residual, Tensor branch, Tensor branch_weight, Tensor? beside, Tensor? beside_weight, "
+        "Tensor? joint_weight, Tensor? scalar, Tensor[] weights, float[] factors, bool[] quantized, float eps) "
+        "-> Tensor[]",
+        _joined,
+    ),
 )
-"""What an engine calls in their place, where the rest of an operation is fused with its neighbours."""
+"""What an engine calls in their place, where the rest of an operation is fused with its neighbours, or in place of many
+small computations."""
 
 _BY_NAME = {registration.name: registration for registration in _REGISTRATIONS}
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]

@@ -62,7 +62,11 @@ class Bench:
             compiler=None if arguments.eager else "inductor",
             graphs=not arguments.no_graphs,
             beside=not arguments.no_beside,
-            rewrites=Rewrites(merge_products=not arguments.no_merge, take_apart=not arguments.no_apart),
+            rewrites=Rewrites(
+                merge_products=not arguments.no_merge,
+                take_apart=not arguments.no_apart,
+                join_residuals=not arguments.no_join,
+            ),
         )
         device, file = torch.device("cuda"), arguments.program
         before = torch.cuda.memory_allocated()
@@ -268,6 +272,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-graphs", action="store_true")
     parser.add_argument("--no-merge", action="store_true", help="leave q, k, v and gate, up apart")
     parser.add_argument("--no-apart", action="store_true", help="leave operations whole")
+    parser.add_argument("--no-join", action="store_true", help="leave the norms around the residual to the compiler")
     parser.add_argument("--no-beside", action="store_true", help="one stream")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
     return parser.parse_args()

@@ -75,16 +75,41 @@ def canvas_attention(
         `[B, S, heads, D]`, in the query's dtype. Products take the inputs as they are and sum in float32, as does the
         softmax; its weights, and the results of splits that fit one chunk, are rounded to the query's dtype.
     """
-    call = _Call(
-        *(tensor.contiguous() for tensor in (query, key, value, key_pool, value_pool, page_table)),
-        *(tensor.contiguous() for tensor in (page_base, start, kv_start, kv_end)),
-    )
+    call = _Call.of(query, key, value, key_pool, value_pool, page_table, page_base, start, kv_start, kv_end)
     if query.numel() == 0:
         return torch.empty_like(call.query)
-    gpu = gpu_of(query.device)
-    if query.shape[3] <= FUSED_HEAD_DIM:
-        return _fused(call, fused_tiles(gpu, query, key.shape[2]), gpu)
-    return _in_two_products(call, *wide_tiles(gpu, query), gpu, scratch_bytes)
+    splits = _attended(call, gpu_of(query.device), scratch_bytes)
+    return splits.results[0] if splits.whole else _merged(call, splits)
+
+
+def canvas_attention_codes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    page_table: Tensor,
+    page_base: Tensor,
+    start: Tensor,
+    kv_start: Tensor,
+    kv_end: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`canvas_attention`, its results rounded to float8_e4m3fn with a scale for each token.
+
+    Args:
+        query: and all others as there.
+
+    Returns:
+        codes: `[B, S, heads * D]` float8_e4m3fn.
+        scale: largest magnitude of each token / 448, float32 `[B, S]`.
+    """
+    call = _Call.of(query, key, value, key_pool, value_pool, page_table, page_base, start, kv_start, kv_end)
+    B, S, heads, D = query.shape
+    codes = torch.empty(B, S, heads * D, dtype=torch.float8_e4m3fn, device=query.device)
+    scale = torch.empty(B, S, dtype=torch.float32, device=query.device)
+    if query.numel():
+        _merge(call, _attended(call, gpu_of(query.device), SCRATCH_BYTES), codes, scale, heads)
+    return codes, scale
 
 
 def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
@@ -126,6 +151,10 @@ class _Call:
     kv_start: Tensor
     kv_end: Tensor
 
+    @classmethod
+    def of(cls, *arguments: Tensor) -> _Call:
+        return cls(*(each.contiguous() for each in arguments))
+
     @property
     def kv_heads(self) -> int:
         return self.key.shape[2]
@@ -156,6 +185,18 @@ class _Call:
         return {"PAGE": self.key_pool.shape[1], "KV_HEADS": self.kv_heads, "GROUP": heads // self.kv_heads, "D": D}
 
 
+@dataclass(frozen=True)
+class _Splits:
+    """Results of parts of the keys."""
+
+    results: Tensor
+    """`[splits, B, S, heads, D]`."""
+    totals: Tensor
+    """Logarithm to base 2 of each one's softmax total, float32 `[splits, B, S, heads]`."""
+    whole: bool
+    """Whether the only split is the result in the query's dtype."""
+
+
 def _overlapping(gpu: Gpu) -> dict[str, bool]:
     """Options of a launch that may begin while the one before it ends."""
     return {"OVERLAP": gpu.overlaps_kernels, "launch_pdl": gpu.overlaps_kernels}
@@ -166,7 +207,13 @@ def _splits(room: int, blocks: int, key_tiles: int) -> int:
     return max(1, min(room // blocks, key_tiles // 2))
 
 
-def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> Tensor:
+def _attended(call: _Call, gpu: Gpu, scratch_bytes: int) -> _Splits:
+    if call.query.shape[3] <= FUSED_HEAD_DIM:
+        return _fused(call, fused_tiles(gpu, call.query, call.kv_heads), gpu)
+    return _in_two_products(call, *wide_tiles(gpu, call.query), gpu, scratch_bytes)
+
+
+def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> _Splits:
     B, blocks = call.query.shape[0], triton.cdiv(call.rows, tiles.rows)
     splits = _splits(gpu.multiprocessors * tiles.resident, B * call.kv_heads * blocks, call.key_tiles(tiles.keys))
     partial = call.partials(splits, call.query.dtype)
@@ -176,10 +223,10 @@ def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> Tensor:
         partial, totals, splits, **call.sizes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_D=tiles.columns,
         num_warps=tiles.warps, num_stages=tiles.stages, **_overlapping(gpu),
     )  # fmt: skip
-    return partial[0] if splits == 1 else _merged(call, partial, totals, gpu)
+    return _Splits(partial, totals, splits == 1)
 
 
-def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, scratch_bytes: int) -> Tensor:
+def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, scratch_bytes: int) -> _Splits:
     B, D = call.query.shape[0], call.query.shape[3]
     blocks, bands = triton.cdiv(call.rows, tiles.rows), triton.cdiv(D, gather_tiles.columns)
     stored_rows = B * call.kv_heads * blocks * tiles.rows
@@ -209,16 +256,21 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
             BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=gather_tiles.step, BLOCK_D=gather_tiles.columns,
             num_warps=gather_tiles.warps, num_stages=gather_tiles.stages, **_overlapping(gpu),
         )  # fmt: skip
-    return partial[0] if splits == 1 and chunks == 1 else _merged(call, partial, totals[(chunks - 1) % 2], gpu)
+    return _Splits(partial, totals[(chunks - 1) % 2], splits == 1 and chunks == 1)
 
 
-def _merged(call: _Call, partial: Tensor, totals: Tensor, gpu: Gpu) -> Tensor:
+def _merged(call: _Call, splits: _Splits) -> Tensor:
     out = torch.empty_like(call.query)
-    splits, heads_of_tokens, D = partial.shape[0], totals[0].numel(), call.query.shape[3]
-    width = triton.next_power_of_2(D)
-    rows = max(1, 2048 // width)
-    merge[(triton.cdiv(heads_of_tokens, rows),)](
-        partial, totals, out, heads_of_tokens, splits, D, SPLITS=triton.next_power_of_2(splits), ROWS=rows,
-        BLOCK_D=width, num_warps=4, **_overlapping(gpu),
-    )  # fmt: skip
+    _merge(call, splits, out, None, max(1, 2048 // triton.next_power_of_2(call.query.shape[3])))
     return out
+
+
+def _merge(call: _Call, splits: _Splits, out: Tensor, scale: Tensor | None, heads: int) -> None:
+    """Merge into `out`, `heads` heads in a block of threads; with a `scale`, which those share, as codes."""
+    parts, heads_of_tokens, D = splits.results.shape[0], splits.totals[0].numel(), call.query.shape[3]
+    rows, width, gpu = triton.next_power_of_2(heads), triton.next_power_of_2(D), gpu_of(out.device)
+    merge[(triton.cdiv(heads_of_tokens, heads),)](
+        splits.results, splits.totals, out, scale, heads_of_tokens, parts, D, SPLITS=triton.next_power_of_2(parts),
+        HEADS=heads, ROWS=rows, BLOCK_D=width, ROUNDS=gpu.rounds_to_e4m3, num_warps=8 if rows * width > 2048 else 4,
+        **_overlapping(gpu),
+    )  # fmt: skip

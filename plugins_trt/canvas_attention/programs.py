@@ -11,6 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.canvas_attention.visible_keys import columns, keys_of, page_of, rows_of, seen_by_all, visible_tiles
+from plugins_trt.float8 import encode_e4m3, row_step
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Of the natural logarithm's base: exponentials are taken in base 2, which is one instruction."""
@@ -240,18 +241,23 @@ def gather(
 
 @triton.jit(do_not_specialize=["splits"])
 def merge(
-    PARTIAL, TOTALS, OUT, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTIAL, TOTALS, OUT, STEP, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, ROUNDS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Add up the splits' results, each by its share of the softmax total."""
+    """Add up the splits' results, each by its share of the softmax total.
+
+    A program merges `HEADS` rows, in a block of `ROWS`; with `STEP` it rounds them to codes of one scale.
+    """
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * HEADS + head
+    known = (row < rows) & (head < HEADS)
     d = tl.arange(0, BLOCK_D)
-    inside = (row < rows)[:, None] & (d < D)[None, :]
+    inside = known[:, None] & (d < D)[None, :]
     every = tl.arange(0, SPLITS)
-    exists = (row < rows)[:, None] & (every < splits)[None, :]
+    exists = known[:, None] & (every < splits)[None, :]
     totals = tl.load(TOTALS + every[None, :].to(tl.int64) * rows + row[:, None], mask=exists, other=float("-inf"))
     largest = tl.max(totals, 1)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
@@ -260,7 +266,11 @@ def merge(
     sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for split in range(splits):
         place = split * rows.to(tl.int64) + row
-        total = tl.load(TOTALS + place, mask=row < rows, other=float("-inf"))
+        total = tl.load(TOTALS + place, mask=known, other=float("-inf"))
         result = tl.load(PARTIAL + place[:, None] * D + d[None, :], mask=inside, other=0.0)
         sums += result.to(tl.float32) * (tl.exp2(total - largest) / whole)[:, None]
+    if STEP is not None:
+        step = row_step(tl.max(tl.max(tl.abs(sums), 1), 0))
+        tl.store(STEP + tl.program_id(0), step)
+        sums = encode_e4m3(sums * tl.math.div_rn(1.0, step), OUT.dtype.element_ty, ROUNDS)
     tl.store(OUT + row[:, None] * D + d[None, :], sums.to(OUT.dtype.element_ty), mask=inside)

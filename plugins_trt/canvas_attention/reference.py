@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plugins_trt.quantized_linear.reference import quantize_rows
+
 
 def canvas_attention(
     query: Tensor,
@@ -54,3 +56,16 @@ def canvas_attention(
         enable_gqa=True,
     )
     return attended.transpose(1, 2)
+
+
+def canvas_attention_codes(query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """`canvas_attention`, its results rounded to float8_e4m3fn with a scale for each token (`quantize_rows`).
+
+    Args:
+        query: and all others as there.
+
+    Returns:
+        codes: `[B, S, heads * D]` float8_e4m3fn.
+        scale: float32 `[B, S]`.
+    """
+    return quantize_rows(canvas_attention(query, *others).flatten(2))

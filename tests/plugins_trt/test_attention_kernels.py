@@ -74,6 +74,22 @@ def test_attention(case: Rows, dtype: torch.dtype, interpreter: Interpreter) -> 
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
+@pytest.mark.parametrize("case", [*CASES[:2], *LARGER[:4:3], LARGER[4]], ids=lambda case: case.catches)
+def test_attention_in_codes(case: Rows, interpreter: Interpreter) -> None:
+    """Catches a scale of other heads than the token's, codes of heads in another order, and splits not merged."""
+    inputs = [x.to(torch.float16) if x.is_floating_point() else x for x in arguments(case)]
+    codes, scale = interpreter(kernel.canvas_attention_codes, *inputs)
+    wide = [x.nan_to_num().double() if x.is_floating_point() else x for x in inputs]
+    exact, slack = canvas_attention(*wide).flatten(2), bound(case, inputs)
+    assert codes.shape == exact.shape
+    largest = exact.abs().amax(-1)
+    assert float((scale.double() * 448 - largest).abs().max()) <= slack + 2.0**-24 * float(largest.max())
+    # Half of a code's last place: of four bits, or of the subnormals' steps of 2^-9.
+    rounding = torch.maximum(exact.abs() / 16, scale.double().unsqueeze(-1) * 2.0**-10)
+    excess = (codes.double() * scale.double().unsqueeze(-1) - exact).abs() - rounding
+    assert float(excess.max()) <= (1 + 1 / 16) * slack
+
+
 @pytest.mark.parametrize("causal", [False, True], ids=["canvas", "causal"])
 def test_weights_of_wide_heads_are_stored_in_chunks(causal: bool, interpreter: Interpreter) -> None:
     """Catches a chunk that forgets what those before it left, and rows that see nothing in some chunks."""
@@ -159,16 +175,24 @@ def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def distinct(launches: list[Launch]) -> list[Launch]:
     """One launch of each specialisation."""
-    return list({(launch.kernel.__name__, launch.arguments.get("FIRST")): launch for launch in launches}.values())
+    kinds = ("FIRST", "STEP")
+
+    def kind(launch: Launch) -> tuple[str, ...]:
+        given = (launch.arguments.get(name) for name in kinds)
+        return launch.kernel.__name__, *(str(each) if isinstance(each, bool) else str(each is None) for each in given)
+
+    return list({kind(launch): launch for launch in launches}.values())
 
 
 @pytest.mark.parametrize("layer", ["sliding", "full"])
 def test_compiles(layer: str, capability: int) -> None:
     """Catches tiles that do not fit a target's shared memory, and (Hopper) products that miss the matrix units."""
     launches = distinct(launches_of(kernel.canvas_attention, *released(layer, 1, 256, 17)))
-    kernels = {launch.kernel.__name__: compile_launch(launch, capability) for launch in launches}
-    assert set(kernels) - {"merge"} == ({"attend"} if layer == "sliding" else {"weigh", "gather"})
-    products = [compiled.asm["ptx"] for name, compiled in kernels.items() if name != "merge"]
+    if capability >= 89:  # GPUs that multiply what is quantised here
+        launches = distinct([*launches, *launches_of(kernel.canvas_attention_codes, *released(layer, 1, 256, 17))])
+    kernels = [(launch.kernel.__name__, compile_launch(launch, capability)) for launch in launches]
+    assert {name for name, _ in kernels} - {"merge"} == ({"attend"} if layer == "sliding" else {"weigh", "gather"})
+    products = [compiled.asm["ptx"] for name, compiled in kernels if name != "merge"]
     for ptx in products:
         assert ("wgmma.mma_async" in ptx) == (capability == 90)
         assert "cp.async.cg.shared.global" in ptx, "K and V are not fetched 16 bytes at a time"

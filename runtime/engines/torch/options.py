@@ -47,7 +47,13 @@ class Options:
         if torch.device(device).type == "cpu":
             return plain
         longer = replace(plain, encode_chunk=4096, encode_bucket=256, batch=16)
-        return replace(longer, compiler="inductor", graphs=True, beside=True, rewrites=Rewrites(take_apart=True))
+        return replace(
+            longer,
+            compiler="inductor",
+            graphs=True,
+            beside=True,
+            rewrites=Rewrites(take_apart=True, join_residuals=True),
+        )
 
     def geometry(self, facts: ModelFacts) -> PoolGeometry:
         """The pool of a model's engine: sliding pages for every slot's window, full pages for `positions`."""

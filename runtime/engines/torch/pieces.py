@@ -86,9 +86,23 @@ def _router(graph: fx.Graph, node: fx.Node) -> fx.Node | None:
 
 
 def _quantized(graph: fx.Graph, x: object) -> tuple[fx.Node, fx.Node]:
-    """Codes and scales of the rows of `x`."""
-    rows = graph.call_function(quantize_rows, (x,))  # type: ignore[arg-type]
+    """Codes and scales of the rows of `x`; attention makes them itself where it ends."""
+    attention = _attention_of(x)
+    if attention is None:
+        rows = graph.call_function(quantize_rows, (x,))  # type: ignore[arg-type]
+    else:
+        rows = graph.call_function(_OPERATIONS.canvas_attention_codes.default, attention.args)
     return graph.call_function(getitem, (rows, 0)), graph.call_function(getitem, (rows, 1))
+
+
+def _attention_of(x: object) -> fx.Node | None:
+    """The attention that nobody but `x` reads, which puts a token's heads side by side."""
+    if not (isinstance(x, fx.Node) and x.target is torch.ops.aten.flatten.using_ints and x.args[1:] == (2,)):
+        return None
+    attention = x.args[0]
+    assert isinstance(attention, fx.Node), "only a tensor is flattened"
+    found = attention.target is _OPERATIONS.canvas_attention.default and len(attention.users) == 1
+    return attention if found else None
 
 
 def _dtype(x: object) -> torch.dtype:

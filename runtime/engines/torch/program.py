@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from plugins_trt import torch_operations
 from runtime.bundle import ProgramRecord
 from runtime.engines.torch.pieces import take_apart
+from runtime.engines.torch.residuals import join_residuals
 
 Fill = Callable[[str, Tensor], None]
 """Writes the tensor of that name into a contiguous tensor of its shape and dtype."""
@@ -34,6 +35,8 @@ class Rewrites:
     """Multiply with q, k and v, and with gate and up, at once."""
     take_apart: bool = False
     """Leave to the compiler what it can fuse of an operation with its neighbours; without one it only costs time."""
+    join_residuals: bool = False
+    """Run what stands between two branches, additions and norms, as one operation; wants `take_apart`."""
     reference: bool = False
     """Run the operations' references on any device: slow, for comparing."""
 
@@ -75,6 +78,8 @@ def bind(
         graph.merge(_QUANTIZED_LINEAR)
     if rewrites.take_apart:
         take_apart(graph.graph, device)
+    if rewrites.join_residuals:
+        join_residuals(graph.graph)
     constants = {name: torch.tensor(values, device=device) for name, values in record.constants.items()}
     root = nn.Module()
     for parameter in graph.parameters():

@@ -133,6 +133,11 @@ def plain(tiny_bundle: Bundle) -> list[Readout]:
             id="operations taken apart: parts summed over the wrong axis, another operand routed",
         ),
         pytest.param(
+            replace(PLAIN, rewrites=Rewrites(merge_products=False, take_apart=True, join_residuals=True)),
+            False,
+            id="residuals joined: another branch's norm, a norm without its factor, a sum from before the scalar",
+        ),
+        pytest.param(
             replace(PLAIN, batch=4), False, id="three rows in a call of four: rows mixed up, filling rows seen"
         ),
         pytest.param(replace(PLAIN, batch=2), False, id="three rows in calls of two and one"),
@@ -203,7 +208,11 @@ class FakeStream:
         self._log.append(f"{self.name} waits for {other.name}")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["whole operations", "taken apart"])
+@pytest.fixture(
+    scope="module",
+    params=[Rewrites(), Rewrites(take_apart=True), Rewrites(take_apart=True, join_residuals=True)],
+    ids=["whole operations", "taken apart", "residuals joined"],
+)
 def steps(tiny_bundle: Bundle, request: pytest.FixtureRequest) -> Steps:
     """Both steps as they are before they are cut into regions."""
     facts, manifest, random = tiny_bundle.manifest.model, tiny_bundle.manifest, torch.Generator().manual_seed(0)
@@ -216,9 +225,7 @@ def steps(tiny_bundle: Bundle, request: pytest.FixtureRequest) -> Steps:
     assert manifest.program is not None
     with WeightsFile(tiny_bundle.path(WEIGHTS), manifest.tensors, torch.device("cpu")) as weights:
         made = program(tiny_bundle.directory)
-        return bind(
-            made, manifest.program, inputs, weights.fill, torch.device("cpu"), Rewrites(take_apart=request.param)
-        )
+        return bind(made, manifest.program, inputs, weights.fill, torch.device("cpu"), request.param)
 
 
 def arguments(step: fx.GraphModule, hidden_size: int) -> list[Tensor]:

@@ -1,0 +1,1 @@
+"""What a branch adds to the residual stream, and the norms of the sum that the next branches read."""
