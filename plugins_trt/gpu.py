@@ -27,6 +27,11 @@ class Gpu:
         return self.capability >= 90
 
     @property
+    def copies_by_descriptor(self) -> bool:
+        """Whether it has a copy engine that tensors are described to (the tensor memory accelerator)."""
+        return self.capability >= 90
+
+    @property
     def rounds_to_e4m3(self) -> bool:
         """Whether it has an instruction that rounds to float8_e4m3fn."""
         return self.capability >= 89

@@ -50,6 +50,8 @@ class CanvasDiffusion:
         self.argmax = self.canvas
         """What would be committed now, `[length]`; the random canvas before the first step."""
         self.steps_made = 0
+        self.temperature = temperature_at(sampling.max_denoising_steps, sampling)
+        """Temperature of the step about to be made (1.)."""
         self.converged = False
         """True once step 5 has stopped the loop."""
 
@@ -57,12 +59,6 @@ class CanvasDiffusion:
     def finished(self) -> bool:
         """Whether no step is left to be made."""
         return self.converged or self.steps_made == self._sampling.max_denoising_steps
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the step about to be made (1.)."""
-        remaining = self._sampling.max_denoising_steps - self.steps_made
-        return temperature_at(remaining, self._sampling)
 
     def advance(self, readout: Readout) -> DenoisingStep:
         """Take the engine's readout of the step (2.) and make the next canvas."""
@@ -72,17 +68,18 @@ class CanvasDiffusion:
         self.converged = self._stable(readout.argmax_ids) and self._confident(readout.entropy)  # 5.
         self.argmax = readout.argmax_ids
         self.steps_made += 1
+        self.temperature = temperature_at(self._sampling.max_denoising_steps - self.steps_made, self._sampling)
         self.uniform = self._stream.uniforms()
         return DenoisingStep(self.steps_made, temperature, accepted)
 
     def _stable(self, argmax: NDArray[np.int64]) -> bool:
         threshold = self._sampling.stability_threshold
-        stable = len(self._history) == threshold and all(np.array_equal(argmax, earlier) for earlier in self._history)
+        stable = len(self._history) == threshold and all((argmax == earlier).all() for earlier in self._history)
         self._history.append(argmax)
         return stable
 
     def _confident(self, entropy: NDArray[np.float32]) -> bool:
-        mean = np.float32(entropy.mean(dtype=np.float64))
+        mean = np.float32(np.add.reduce(entropy, dtype=np.float64) / len(entropy))
         return bool(mean < _float32(self._sampling.confidence_threshold))
 
 
@@ -118,5 +115,7 @@ def accept(entropy: NDArray[np.float32], entropy_bound: float) -> NDArray[np.boo
 
 def _float32(threshold: float) -> np.float32:
     """A threshold as it is compared with float32 values; a huge one becomes infinite, which compares alike."""
-    with np.errstate(over="ignore"):
-        return np.float32(threshold)
+    return np.float32(threshold if threshold < _LARGEST else np.inf)
+
+
+_LARGEST = float(np.finfo(np.float32).max)

@@ -26,7 +26,7 @@ from benchmarks.gpu.timing import copy_bandwidth, graph_seconds, matrix_rate
 from plugins_trt.canvas_attention import kernel, reference
 from plugins_trt.canvas_attention.kernel import Tiles, canvas_attention
 
-HEADS, PAGE, WINDOW, CANVAS = 16, 64, 1024, 256
+HEADS, PAGE, WINDOW, CANVAS = 16, 256, 1024, 256
 LAYERS = {"sliding": 25, "full": 5}
 KV_HEADS = {"sliding": 8, "full": 2}
 HEAD_DIM = {"sliding": 256, "full": 512}

@@ -82,13 +82,17 @@ def attend(
 @triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
 def weigh(
     QUERY, KEY, KEY_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS, CHANGES,
-    first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    QUERY_ROWS, POOL_ROWS, first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights of one block of rows for a share of a chunk's tiles, each row's relative to a scale of its own.
 
     Scales are whole powers of two, so that bringing weights of several tiles to one is exact, and stay the same from
     tile to tile where they can: `CHANGES` marks tiles at which some row's scale differs from that of the tile before.
+
+    The descriptors `QUERY_ROWS [B * KV_HEADS * S * GROUP, D]` and `POOL_ROWS [slots, KV_HEADS * D]`, where they are
+    given, serve tiles that lie in the pool and that all rows see: all but a few of a long prefix. Copies by descriptor
+    cost a thread no addresses, which took a third of the time, and go on over the borders of tiles.
     """
     if OVERLAP:
         gdc_wait()
@@ -109,9 +113,27 @@ def weigh(
     place = (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
     held = tl.maximum(tl.minimum(count - first_tile, tiles), 0)
     share, shares = tl.program_id(1), tl.num_programs(1)
+    share_begin, share_end = share * held // shares, (share + 1) * held // shares
+    rest = share_begin
     scale = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    page = page_of(table, first_tile + share * held // shares, first_cached, cached, pages, PAGE, BLOCK_N)
-    for stored in range(share * held // shares, (share + 1) * held // shares):
+    if POOL_ROWS is not None:
+        slots = tl.minimum(tl.minimum(start, base + pages * PAGE), seen_to) - base
+        whole = tl.where(seen_from <= base + (first_cached + first_tile + share_begin) * BLOCK_N, slots // BLOCK_N, 0)
+        rest = tl.minimum(tl.maximum(whole - first_cached - first_tile, share_begin), share_end)
+        for stored in tl.range(share_begin, rest, flatten=True):
+            first = (first_cached + first_tile + stored) * BLOCK_N
+            slot = tl.load(table + first // PAGE).to(tl.int32) * PAGE + first % PAGE
+            scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for column in range(0, D, BLOCK_K):
+                query = QUERY_ROWS.load([tl.program_id(2) * (S * GROUP) + block * BLOCK_M, column])
+                keys = POOL_ROWS.load([slot, kv_head * D + column])
+                scores = tl.dot(query, keys.T, scores, input_precision="ieee")
+            scale = store_weights(
+                scores, scale, stored, stored == share_begin, block, place, padded, row, tiles, B, WEIGHTS, STATISTICS,
+                CHANGES, KV_HEADS, BLOCK_N,
+            )  # fmt: skip
+    page = page_of(table, first_tile + rest, first_cached, cached, pages, PAGE, BLOCK_N)
+    for stored in range(rest, share_end):
         tile = first_tile + stored
         in_pool, first, position = keys_of(tile, base, start, first_cached, cached, first_own, BLOCK_N)
         last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
@@ -127,34 +149,46 @@ def weigh(
         if tl.minimum(position - seen_from, tl.minimum(seen_to, last) - BLOCK_N - position) < 0:
             seen = (at[None, :] >= begin[:, None]) & (at[None, :] < tl.minimum(end, last)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
-        largest = tl.ceil(tl.max(scores, 1) * LOG2_E)
-        larger = tl.where(largest > scale + LARGEST_WEIGHT, largest, scale)
-        changes = (larger != scale).to(tl.int32)
-        begins = stored == share * held // shares
-        tl.store(
-            CHANGES + (tl.program_id(2) * tiles + stored) * tl.num_programs(0) + block,
-            tl.maximum(tl.max(changes, 0), begins.to(tl.int32)),
-        )
-        scale = larger
-        reference = tl.where(scale == float("-inf"), 0.0, scale)
-        weights = tl.exp2(scores * LOG2_E - reference[:, None])
-        statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
-        tl.store(statistic, scale)
-        tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))
-        out = WEIGHTS + (place + stored * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(out, weights.to(WEIGHTS.dtype.element_ty))
+        scale = store_weights(
+            scores, scale, stored, stored == share_begin, block, place, padded, row, tiles, B, WEIGHTS, STATISTICS,
+            CHANGES, KV_HEADS, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_weights(
+    scores, scale, stored, begins, block, place, padded, row, tiles, B, WEIGHTS, STATISTICS, CHANGES,
+    KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Store one tile's weights, their sums and their scale, and return the scale; `begins` at a share's first tile."""
+    largest = tl.ceil(tl.max(scores, 1) * LOG2_E)
+    larger = tl.where(largest > scale + LARGEST_WEIGHT, largest, scale)
+    changes = (larger != scale).to(tl.int32)
+    tl.store(
+        CHANGES + (tl.program_id(2) * tiles + stored) * tl.num_programs(0) + block,
+        tl.maximum(tl.max(changes, 0), begins.to(tl.int32)),
+    )
+    reference = tl.where(larger == float("-inf"), 0.0, larger)
+    weights = tl.exp2(scores * LOG2_E - reference[:, None])
+    statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
+    tl.store(statistic, larger)
+    tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))
+    out = WEIGHTS + (place + stored * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(out, weights.to(WEIGHTS.dtype.element_ty))
+    return larger
 
 
 @triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
 def gather(
     VALUE, VALUE_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS, CHANGES,
-    PARTIAL, BEFORE, TOTALS, first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTIAL, BEFORE, TOTALS, WEIGHT_ROWS, POOL_ROWS, first_tile, tiles, B, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Stored weights times values: one block of rows, one band of columns, one split of a chunk's tiles.
 
-    All but the first chunk add to what the chunks before them left.
+    All but the first chunk add to what the chunks before them left. The descriptors `WEIGHT_ROWS` of the stored weights
+    and `POOL_ROWS [slots, KV_HEADS * D]`, where they are given, serve steps that lie in the pool.
     """
     if OVERLAP:
         gdc_wait()
@@ -210,8 +244,19 @@ def gather(
         reference = tl.maximum(tl.load(statistics + tile * padded), least)
         sums *= tl.exp2(relative_to - reference)[:, None]
         relative_to = reference
-        page = page_of(table, first_step + tile * steps, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
-        for step in range(tile * steps, one_scale_to * steps):
+        rest = tile * steps
+        if POOL_ROWS is not None:
+            slots = tl.minimum(tl.minimum(start - base, pages * PAGE), (first_cached + cached) * BLOCK_N)
+            whole = slots // BLOCK_K - first_cached * steps - first_step
+            rest = tl.minimum(tl.maximum(whole, rest), one_scale_to * steps)
+            for step in range(tile * steps, rest):
+                first = (first_cached * steps + first_step + step) * BLOCK_K
+                slot = tl.load(table + first // PAGE).to(tl.int32) * PAGE + first % PAGE
+                weights = WEIGHT_ROWS.load([tl.program_id(2) * padded + block * BLOCK_M, step * BLOCK_K])
+                values = POOL_ROWS.load([slot, kv_head * D + band * BLOCK_D])
+                sums = tl.dot(weights, values, sums, input_precision="ieee")
+        page = page_of(table, first_step + rest, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
+        for step in range(rest, one_scale_to * steps):
             in_pool, first, position = keys_of(
                 first_step + step, base, start, first_cached * steps, cached * steps, first_own * steps, BLOCK_K
             )

@@ -20,6 +20,9 @@ from tests.plugins_trt.triton_support import SHARED_MEMORY, Interpreter, Launch,
 WIDE = {"heads": 8, "kv_heads": 1, "head_dim": 272}
 """Heads that do not fit the fused kernel, and are no power of two."""
 
+LONG = {"heads": 8, "kv_heads": 2, "head_dim": 384, "page_size": 128, "pages": 5}
+"""Pages that hold a tile of keys, and heads that tiles of columns divide."""
+
 LARGER = [
     Rows("more rows than a tile, ending inside one, and several splits of the keys", starts=(150,), tokens=70,
          page_size=64, pages=3),
@@ -72,6 +75,31 @@ def test_attention(case: Rows, dtype: torch.dtype, interpreter: Interpreter) -> 
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in arguments(case)]
     got = interpreter(kernel.canvas_attention, *inputs)
     assert error(case, inputs, got) <= bound(case, inputs)
+
+
+DESCRIBED = [
+    Rows("whole tiles, one that ends inside a page, and the row's own: keys of another tile", starts=(470,), tokens=9,
+         **LONG),
+    Rows("prefixes of other lengths: whole tiles of one row counted for all", starts=(130, 520), tokens=3, **LONG),
+    Rows("a window that begins inside a tile: keys that not all rows see", starts=(500,), tokens=6, window=200, **LONG),
+    Rows("a prefix that ends at a page's border", starts=(512,), tokens=20, causal=True, **LONG),
+    Rows("a prefix shorter than a tile", starts=(100,), tokens=4, **LONG),
+]  # fmt: skip
+
+
+def by_descriptor(*inputs: Tensor, scratch_bytes: int) -> Tensor:
+    """Runs where the interpreter is, on a GPU with a copy engine."""
+    with patch.object(Gpu, "copies_by_descriptor", True), patch.object(kernel, "_MANY_TILES", 2):
+        return kernel.canvas_attention(*inputs, scratch_bytes=scratch_bytes)
+
+
+@pytest.mark.parametrize("scratch_bytes", [1 << 30, 1], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("case", DESCRIBED, ids=lambda case: case.catches)
+def test_long_prefixes_are_read_by_descriptor(case: Rows, scratch_bytes: int, interpreter: Interpreter) -> None:
+    inputs = [x.to(torch.float16) if x.is_floating_point() else x for x in arguments(case)]
+    got = interpreter(by_descriptor, *inputs, scratch_bytes=scratch_bytes)
+    # Chunks add one rounding each.
+    assert error(case, inputs, got) <= bound(case, inputs) * (1 if scratch_bytes > 1 else 2)
 
 
 @pytest.mark.parametrize("case", [*CASES[:2], *LARGER[:4:3], LARGER[4]], ids=lambda case: case.catches)
@@ -146,8 +174,9 @@ def test_scores_that_rise_and_fall_from_tile_to_tile(head_dim: int, interpreter:
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
-def released(layer: str, batch: int, tokens: int, pages: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+def released(layer: str, batch: int, tokens: int, pages: int, page_size: int = 64) -> list[Tensor]:
     """Arguments of the released shape, without memory."""
+    dtype = torch.bfloat16
     kv_heads, head_dim = {"sliding": (8, 256), "full": (2, 512)}[layer]
 
     def integers(*shape: int) -> Tensor:
@@ -155,7 +184,7 @@ def released(layer: str, batch: int, tokens: int, pages: int, dtype: torch.dtype
 
     query = torch.empty(batch, tokens, 16, head_dim, dtype=dtype, device="meta")
     own = torch.empty(batch, tokens, kv_heads, head_dim, dtype=dtype, device="meta")
-    pool = torch.empty(4096, 64, kv_heads, head_dim, dtype=dtype, device="meta")
+    pool = torch.empty(4096, page_size, kv_heads, head_dim, dtype=dtype, device="meta")
     numbers = [
         integers(batch, pages),
         integers(batch),
@@ -196,6 +225,14 @@ def test_compiles(layer: str, capability: int) -> None:
     for ptx in products:
         assert ("wgmma.mma_async" in ptx) == (capability == 90)
         assert "cp.async.cg.shared.global" in ptx, "K and V are not fetched 16 bytes at a time"
+
+
+def test_descriptors_compile(capability: int) -> None:
+    """Catches a GPU that is handed descriptors without a copy engine, and one with it that is not."""
+    launches = launches_of(kernel.canvas_attention, *released("full", 1, 256, pages=64, page_size=256))
+    for launch in distinct([launch for launch in launches if launch.kernel.__name__ != "merge"]):
+        ptx = compile_launch(launch, capability).asm["ptx"]
+        assert ("cp.async.bulk.tensor" in ptx) == (capability >= 90)
 
 
 @pytest.mark.parametrize(("layer", "batch"), [("sliding", 1), ("full", 1), ("sliding", 8), ("full", 8)])

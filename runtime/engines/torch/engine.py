@@ -39,7 +39,7 @@ from runtime.engines.torch.tables import PageTables, full_pages, slots_of
 from runtime.engines.torch.weights import WeightsFile
 from runtime.errors import BundleError
 
-FULL_PAGES_LEAST = 16
+FULL_PAGES_LEAST = 4
 """Page tables are padded to a power of two of at least so many pages: a call of a length class is captured once."""
 
 
