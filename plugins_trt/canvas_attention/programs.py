@@ -16,6 +16,9 @@ from plugins_trt.float8 import encode_e4m3, row_step
 LOG2_E = tl.constexpr(1.4426950408889634)
 """Of the natural logarithm's base: exponentials are taken in base 2, which is one instruction."""
 
+MOST_AT_ONCE = tl.constexpr(8)
+"""Splits that the merging reads at once."""
+
 LARGEST_WEIGHT = tl.constexpr(8.0)
 """Stored weights are at most 2 to this: a scale that has become too small by less than that is kept."""
 
@@ -284,6 +287,15 @@ def gather(
     tl.store(results, result.to(PARTIAL.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def share_of(PARTIAL, TOTALS, split, rows, row, known, d, largest, whole, D: tl.constexpr):
+    """What one split adds to the rows that are `known`."""
+    place = split * rows.to(tl.int64) + row
+    total = tl.load(TOTALS + place, mask=known, other=float("-inf"))
+    result = tl.load(PARTIAL + place[:, None] * D + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
+    return result.to(tl.float32) * (tl.exp2(total - largest) / whole)[:, None]
+
+
 @triton.jit(do_not_specialize=["splits"])
 def merge(
     PARTIAL, TOTALS, OUT, STEP, rows, splits, D: tl.constexpr, SPLITS: tl.constexpr, HEADS: tl.constexpr,
@@ -309,11 +321,14 @@ def merge(
     # Rows past the last have no total.
     whole = tl.maximum(tl.sum(tl.exp2(totals - largest[:, None]), 1), 1e-30)
     sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for split in range(splits):
-        place = split * rows.to(tl.int64) + row
-        total = tl.load(TOTALS + place, mask=known, other=float("-inf"))
-        result = tl.load(PARTIAL + place[:, None] * D + d[None, :], mask=inside, other=0.0)
-        sums += result.to(tl.float32) * (tl.exp2(total - largest) / whole)[:, None]
+    if SPLITS <= MOST_AT_ONCE:
+        # All are asked for before the first is waited for.
+        for split in tl.static_range(SPLITS):
+            there = known & (tl.full([ROWS], split, tl.int32) < splits)
+            sums += share_of(PARTIAL, TOTALS, split, rows, row, there, d, largest, whole, D)
+    else:
+        for split in range(splits):
+            sums += share_of(PARTIAL, TOTALS, split, rows, row, known, d, largest, whole, D)
     if STEP is not None:
         step = row_step(tl.max(tl.max(tl.abs(sums), 1), 0))
         tl.store(STEP + tl.program_id(0), step)
