@@ -95,7 +95,8 @@ def canvas_attention_codes(
     kv_start: Tensor,
     kv_end: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`canvas_attention`, its results rounded to float8_e4m3fn with a scale for each token.
+    """`canvas_attention`, its results rounded to float8_e4m3fn with a scale for each token; in between to the query's
+    dtype only where the keys were not split.
 
     Args:
         query: and all others as there.

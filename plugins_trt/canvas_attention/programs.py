@@ -290,7 +290,7 @@ def gather(
 @triton.jit
 def share_of(PARTIAL, TOTALS, split, rows, row, known, d, largest, whole, D: tl.constexpr):
     """What one split adds to the rows that are `known`."""
-    place = split * rows.to(tl.int64) + row
+    place = split * tl.cast(rows, tl.int64) + row
     total = tl.load(TOTALS + place, mask=known, other=float("-inf"))
     result = tl.load(PARTIAL + place[:, None] * D + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
     return result.to(tl.float32) * (tl.exp2(total - largest) / whole)[:, None]

@@ -97,12 +97,29 @@ def by_descriptor(*inputs: Tensor, scratch_bytes: int) -> Tensor:
 @pytest.mark.parametrize("case", DESCRIBED, ids=lambda case: case.catches)
 def test_long_prefixes_are_read_by_descriptor(case: Rows, scratch_bytes: int, interpreter: Interpreter) -> None:
     inputs = [x.to(torch.float16) if x.is_floating_point() else x for x in arguments(case)]
+    # Scores of a few units, so that many keys have a share.
+    inputs[0] *= case.head_dim**-0.5
     got = interpreter(by_descriptor, *inputs, scratch_bytes=scratch_bytes)
-    # Chunks add one rounding each.
-    assert error(case, inputs, got) <= bound(case, inputs) * (1 if scratch_bytes > 1 else 2)
+    assert error(case, inputs, got) <= bound(case, inputs)
 
 
-@pytest.mark.parametrize("case", [*CASES[:2], *LARGER[:4:3], LARGER[4]], ids=lambda case: case.catches)
+CODED = [
+    Rows("four heads, a prefix that ends inside a page"),
+    Rows("several splits of the keys", starts=(150,), tokens=70, page_size=64, pages=3),
+    Rows(
+        "six heads, in a block for eight, and several splits", starts=(150,), tokens=3, heads=6, page_size=64, pages=3
+    ),
+    Rows("wide heads: rows of different lengths", starts=(9, 70), page_size=32, pages=3, **WIDE),
+]
+
+
+def test_no_token_has_no_codes() -> None:
+    """Catches an empty grid."""
+    codes, scale = kernel.canvas_attention_codes(*arguments(Rows("", tokens=0)))
+    assert (tuple(codes.shape), tuple(scale.shape)) == ((1, 0, 24), (1, 0))
+
+
+@pytest.mark.parametrize("case", CODED, ids=lambda case: case.catches)
 def test_attention_in_codes(case: Rows, interpreter: Interpreter) -> None:
     """Catches a scale of other heads than the token's, codes of heads in another order, and splits not merged."""
     inputs = [x.to(torch.float16) if x.is_floating_point() else x for x in arguments(case)]
@@ -174,7 +191,7 @@ def test_scores_that_rise_and_fall_from_tile_to_tile(head_dim: int, interpreter:
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
-def released(layer: str, batch: int, tokens: int, pages: int, page_size: int = 64) -> list[Tensor]:
+def released(layer: str, batch: int, tokens: int, pages: int, page_size: int = 256) -> list[Tensor]:
     """Arguments of the released shape, without memory."""
     dtype = torch.bfloat16
     kv_heads, head_dim = {"sliding": (8, 256), "full": (2, 512)}[layer]
@@ -214,11 +231,13 @@ def distinct(launches: list[Launch]) -> list[Launch]:
 
 
 @pytest.mark.parametrize("layer", ["sliding", "full"])
-def test_compiles(layer: str, capability: int) -> None:
+@pytest.mark.parametrize("page_size", [64, 256])
+def test_compiles(layer: str, page_size: int, capability: int) -> None:
     """Catches tiles that do not fit a target's shared memory, and (Hopper) products that miss the matrix units."""
-    launches = distinct(launches_of(kernel.canvas_attention, *released(layer, 1, 256, 17)))
+    inputs = released(layer, 1, 256, 5, page_size)
+    launches = distinct(launches_of(kernel.canvas_attention, *inputs))
     if capability >= 89:  # GPUs that multiply what is quantised here
-        launches = distinct([*launches, *launches_of(kernel.canvas_attention_codes, *released(layer, 1, 256, 17))])
+        launches = distinct([*launches, *launches_of(kernel.canvas_attention_codes, *inputs)])
     kernels = [(launch.kernel.__name__, compile_launch(launch, capability)) for launch in launches]
     assert {name for name, _ in kernels} - {"merge"} == ({"attend"} if layer == "sliding" else {"weigh", "gather"})
     products = [compiled.asm["ptx"] for name, compiled in kernels if name != "merge"]
@@ -229,10 +248,19 @@ def test_compiles(layer: str, capability: int) -> None:
 
 def test_descriptors_compile(capability: int) -> None:
     """Catches a GPU that is handed descriptors without a copy engine, and one with it that is not."""
-    launches = launches_of(kernel.canvas_attention, *released("full", 1, 256, pages=64, page_size=256))
+    launches = launches_of(kernel.canvas_attention, *released("full", 1, 256, pages=64))
     for launch in distinct([launch for launch in launches if launch.kernel.__name__ != "merge"]):
         ptx = compile_launch(launch, capability).asm["ptx"]
         assert ("cp.async.bulk.tensor" in ptx) == (capability >= 90)
+        assert ("wgmma.mma_async" in ptx) == (capability == 90)
+
+
+def test_one_head_of_one_token_compiles(capability: int) -> None:
+    """Catches sizes of one, which Triton makes constants."""
+    query, key, value, key_pool, value_pool, *others = released("sliding", 1, 1, 5)
+    one = [x[..., :1, :] for x in (query, key, value, key_pool, value_pool)]
+    for launch in launches_of(kernel.canvas_attention_codes, *one, *others) if capability >= 89 else ():
+        assert compile_launch(launch, capability).asm["cubin"]
 
 
 @pytest.mark.parametrize(("layer", "batch"), [("sliding", 1), ("full", 1), ("sliding", 8), ("full", 8)])

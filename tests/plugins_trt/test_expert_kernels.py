@@ -307,11 +307,11 @@ _META = {
     ("encoding", "tokens", "capability"),
     [
         *(pytest.param("bf16", 256, capability) for capability in SHARED_MEMORY),
-        *(pytest.param("bf16", tokens, 90) for tokens in (512, 1024, 8192)),
+        *(pytest.param("bf16", tokens, 90) for tokens in (512, 1024, 2048, 8192)),
         *(pytest.param("fp8", tokens, capability) for tokens, capability in ((256, 80), (256, 90), (8192, 90))),
         *(pytest.param("fp8-dynamic", 256, capability) for capability in (89, 90, 120)),
         *(pytest.param(encoding, 8192, 100) for encoding in ("bf16", "fp8-dynamic")),
-        *(pytest.param("fp8-dynamic", tokens, 90) for tokens in (512, 1024, 8192)),
+        *(pytest.param("fp8-dynamic", tokens, 90) for tokens in (512, 1024, 2048, 8192)),
         *(pytest.param("int4", 256, capability) for capability in (80, 90)),
     ],
 )

@@ -60,7 +60,7 @@ def arguments(case: Joint, dtype: torch.dtype) -> list[Any]:
         normal(*rows) if case.beside else None,
         normal(case.size) if case.beside else None,
         normal(case.size) if case.beside else None,
-        torch.tensor([0.7]).to(dtype) if case.scalar else None,
+        torch.tensor([-0.7]).to(dtype) if case.scalar else None,
         weights,
         [1.0, 0.25, 3.0][: len(weights)],
         list(case.quantized),
@@ -90,19 +90,21 @@ def test_residual_norm(case: Joint, dtype: torch.dtype, interpreter: Interpreter
     assert len(got) == 1 + len(case.quantized) + sum(case.quantized)
     true = oracle(case, inputs, got[0])
     # A norm is a sum of squares, a root and two products in float32, relative to its largest element; of these, up to
-    # three follow each other, between sums of up to four terms of that size.
+    # three follow each other, and what they make is added to the residual.
     wide = 3 * (case.size + case.parts + 8) * torch.finfo(torch.float32).eps
+    added = (true[0] / (-0.7 if case.scalar else 1.0) - inputs[0].double()).abs()
+    terms = inputs[0].double().abs() + added.amax(-1, keepdim=True) if added.numel() else added
     results = iter(got)
     for index, exact in enumerate(true):
         one = next(results)
         codes = index > 0 and case.quantized[index - 1]
         largest = exact.abs().amax(-1, keepdim=True) if exact.numel() else exact
-        slack = wide * (largest + 1)
+        slack = wide * (largest if index else terms)
         if codes:
             # Half of a code's last place, of three bits and the hidden one, or of the subnormals' steps of 2^-9.
             step = next(results).double().unsqueeze(-1)
             assert bool(((step * 448 - largest).abs() <= slack + 2.0**-24 * largest).all())
-            one, rounding = one.double() * step, (exact.abs() / 16).clamp(min=step.max().item() * 2.0**-10)
+            one, rounding = one.double() * step, torch.maximum(exact.abs() / 16, step * 2.0**-10)
         else:
             assert one.dtype == dtype
             one, rounding = one.double(), torch.finfo(dtype).eps / 2 * exact.abs()
@@ -114,6 +116,7 @@ def test_the_reference_is_what_a_model_computes(quantized: bool) -> None:
     """Catches an oracle that norms twice, leaves out the second branch, or adds the parts of other tokens."""
     case = Joint("", parts=2, beside=True, scalar=True, quantized=(quantized,))
     residual, branch, branch_weight, beside, *others = arguments(case, torch.float64)
+    others[4] = [0.25]
     beside_weight, joint_weight, scalar, [weight], [factor], _, eps = others
 
     def norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -124,7 +127,10 @@ def test_the_reference_is_what_a_model_computes(quantized: bool) -> None:
     got = reference.residual_norm(residual, branch, branch_weight, beside, *others)
     torch.testing.assert_close(got[0], total, rtol=1e-13, atol=1e-13)
     if quantized:
-        torch.testing.assert_close(got[2].double() * 448, norm(total, weight).abs().amax(-1), rtol=1e-6, atol=0)
+        exact = norm(total, weight) * factor
+        torch.testing.assert_close(got[2].double() * 448, exact.abs().amax(-1), rtol=1e-6, atol=0)
+        step = got[2].double().unsqueeze(-1)
+        assert bool(((got[1].double() * step - exact).abs() <= torch.maximum(exact.abs() / 16, step * 2.0**-10)).all())
     else:
         torch.testing.assert_close(got[1], norm(total, weight) * factor, rtol=1e-13, atol=1e-13)
 

@@ -63,12 +63,16 @@ class Call:
         Args:
             inputs, outputs: what `body` reads and writes, on the device; the inputs must be fit to run with.
             body: launches the work on the current stream.
-            graph_pool: memory pool to capture a CUDA graph into; None to launch `body` at every run.
+            graph_pool: memory pool to warm up in and to capture a CUDA graph into; None to launch `body` at every run.
+                What `body` allocates there and keeps is overwritten when an earlier graph of the pool runs again.
         """
         self.inputs, self.outputs, self._body = inputs, outputs, body
         self._graph: torch.cuda.CUDAGraph | None = None
         # Compiles and tunes what is not yet; a capture must find everything loaded and allocated. It happens in the
         # graph's own pool, so that the capture finds what warming up left there and nothing is reserved twice.
+        if graph_pool is not None:
+            # While a pool is in use the allocator takes nothing back from the others.
+            torch.cuda.empty_cache()
         with nullcontext() if graph_pool is None else torch.cuda.use_mem_pool(graph_pool):
             self.run()
         if graph_pool is not None:

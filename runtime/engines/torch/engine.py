@@ -39,8 +39,9 @@ from runtime.engines.torch.tables import PageTables, full_pages, slots_of
 from runtime.engines.torch.weights import WeightsFile
 from runtime.errors import BundleError
 
-FULL_PAGES_LEAST = 4
-"""Page tables are padded to a power of two of at least so many pages: a call of a length class is captured once."""
+FULL_TOKENS_LEAST = 1024
+"""Page tables are padded to a power of two of pages that hold at least so many tokens: a call of a length class is
+captured once."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,12 @@ class TorchEngine:
         self._cuda = self._device.type == "cuda"
         self.stream = torch.cuda.Stream(self._device) if self._cuda else None  # type: ignore[no-untyped-call]
         """Everything is launched on it."""
-        self._graph_pool = torch.cuda.MemPool() if self._cuda and options.graphs else None
+        self._graph_pool: torch.cuda.MemPool | None = None
         self._calls: dict[tuple[Any, ...], tuple[Call, PageTables]] = {}
         try:
             with self._on_device(), torch.no_grad():
+                # On the device that it will serve: a pool belongs to the current one.
+                self._graph_pool = torch.cuda.MemPool() if self._cuda and options.graphs else None
                 self._allocate(model)
         except torch.OutOfMemoryError as error:
             raise BundleError(_does_not_fit(model, self.pool, error)) from error
@@ -117,10 +120,10 @@ class TorchEngine:
         length = self.options.encode_bucket or self.facts.canvas_length
         with self._on_device():
             while length <= self.options.encode_chunk:
-                self._encode_call(length, FULL_PAGES_LEAST)
+                self._encode_call(length, self._least_pages)
                 length *= 2
             for power in range((self.pool.rows_per_call - 1).bit_length() + 1):
-                self._denoise_call(1 << power, FULL_PAGES_LEAST)
+                self._denoise_call(1 << power, self._least_pages)
 
     @torch.no_grad()
     def encode(self, rows: Sequence[EncodeRow]) -> None:
@@ -226,10 +229,14 @@ class TorchEngine:
         outputs = (array[:count].copy() for array in call.outputs.host.values())
         return [Readout(*each) for each in zip(*outputs, strict=True)]
 
+    @property
+    def _least_pages(self) -> int:
+        return max(1, FULL_TOKENS_LEAST // self.pool.page_size)
+
     def _full_bucket(self, start: int) -> int:
         """Pages of the tables of a call whose rows begin no later than `start`."""
         pages = full_pages(start, self.pool.page_size)
-        return max(FULL_PAGES_LEAST, 1 << max(0, pages - 1).bit_length())
+        return max(self._least_pages, 1 << max(0, pages - 1).bit_length())
 
     def _encode_call(self, length: int, table_length: int) -> tuple[Call, PageTables]:
         key = ("encode", length, table_length)
@@ -306,7 +313,7 @@ class TorchEngine:
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """What a call raises where the device's memory is too small for it; states and pool are as before it, but for
-    pages that the call was to write."""
+    pages that the call was to write. What its graph's pool took stays there, for the next call."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -47,6 +47,7 @@ class Options:
         if torch.device(device).type == "cpu":
             return plain
         # A page holds a tile of keys, so that attention looks one up a tile and not a key: 7 % of it over 256K tokens.
+        # Prefixes are then shared in steps of 256 tokens, which is also what encode rows are padded to.
         longer = replace(plain, page_size=256, encode_chunk=4096, encode_bucket=256, batch=16)
         return replace(
             longer,

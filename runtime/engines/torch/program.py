@@ -36,7 +36,8 @@ class Rewrites:
     take_apart: bool = False
     """Leave to the compiler what it can fuse of an operation with its neighbours; without one it only costs time."""
     join_residuals: bool = False
-    """Run what stands between two branches, additions and norms, as one operation; wants `take_apart`."""
+    """Run what stands between two branches, additions and norms, as one operation; with `take_apart` also the sum of
+    a token's experts before and the quantising behind them."""
     reference: bool = False
     """Run the operations' references on any device: slow, for comparing."""
 
@@ -78,7 +79,7 @@ def bind(
         graph.merge(_QUANTIZED_LINEAR)
     if rewrites.take_apart:
         take_apart(graph.graph, device)
-    if rewrites.join_residuals:
+    if rewrites.join_residuals and not rewrites.reference:
         join_residuals(graph.graph)
     constants = {name: torch.tensor(values, device=device) for name, values in record.constants.items()}
     root = nn.Module()

@@ -6,7 +6,7 @@ begins there. `dgemma::residual_norm` does all of that, quantising included, in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import getitem
 
@@ -21,12 +21,16 @@ _ATEN = torch.ops.aten
 _NORM, _CAST, _ADD, _MUL = _ATEN.rms_norm.default, _ATEN.to.dtype, _ATEN.add.Tensor, _ATEN.mul.Tensor
 _FLATTEN, _VIEW_AS = _ATEN.flatten.using_ints, _ATEN.view_as.default
 
+MOST_NORMS = 3
+"""Norms of one sum that the operation makes."""
+
 
 def join_residuals(graph: fx.Graph) -> None:
     """Replace every joint that has the operation's form, in place; the graph means the same up to rounding.
 
     Args:
-        graph: of a step, its operations taken apart.
+        graph: of a step, its operations taken apart. The operation takes one scalar for all rows, so where a joint's
+            depends on the row's kind, the graph must be specialised to one kind before it is run.
     """
     for node in list(graph.nodes):
         joint = _Joint.at(node)
@@ -73,21 +77,26 @@ class _Use:
         return self.norm.x.target is _FLATTEN
 
     @classmethod
-    def of(cls, norm: _Norm) -> _Use:
+    def of(cls, norm: _Norm) -> _Use | None:
+        """How a norm is used, None where the operation cannot do it."""
         if norm.weight.target is _ATEN.ones.default:
             return cls._scaled(norm)
-        [user, *others] = norm.result.users
-        if user.target is quantize_rows and not others:
-            codes, scale = sorted(user.users, key=lambda each: each.args[1])  # type: ignore[arg-type,return-value]
-            return cls(norm, norm.weight, 1.0, (codes, scale))
-        return cls(norm, norm.weight, 1.0, (norm.result,))
+        user = _only_user(norm.result)
+        if user is None or user.target is not quantize_rows:
+            return cls(norm, norm.weight, 1.0, (norm.result,))
+        parts = {each.args[1]: each for each in user.users if each.target is getitem}
+        return cls(norm, norm.weight, 1.0, (parts[0], parts[1])) if len(parts) == len(user.users) == 2 else None
 
     @classmethod
-    def _scaled(cls, norm: _Norm) -> _Use:
+    def _scaled(cls, norm: _Norm) -> _Use | None:
         """A norm without a weight of its own, and a learned and a constant factor behind it: the router's."""
-        [learned] = norm.result.users
-        [constant] = learned.users
-        return cls(norm, learned.args[1], constant.args[1], (constant,))  # type: ignore[arg-type]
+        learned = _only_user(norm.result)
+        constant = None if learned is None else _only_user(learned)
+        if learned is None or constant is None or not learned.target is constant.target is _MUL:
+            return None
+        (_, weight), (_, factor) = learned.args, constant.args
+        fits = isinstance(weight, fx.Node) and isinstance(factor, float)
+        return cls(norm, weight, factor, (constant,)) if fits else None  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -101,56 +110,60 @@ class _Joint:
     """The norm of two branches' sum."""
     scalar: fx.Node | None
     total: fx.Node
+    uses: tuple[_Use, ...]
 
     @classmethod
     def at(cls, node: fx.Node) -> _Joint | None:
-        """The joint that a sum is, None where it is none."""
-        if node.target is not _ADD:
-            return None
-        residual, added = node.args
+        """The joint that a sum is, None where it is none that the operation can do."""
+        residual, added = node.args if node.target is _ADD else (None, None)
         norm = _Norm.at(added)
-        if norm is None or _Norm.at(residual) is not None:
+        if norm is None or not isinstance(residual, fx.Node) or _Norm.at(residual) is not None:
             return None
-        scalar, total = None, node
-        [user, *others] = node.users
-        if user.target is _MUL and not others:
-            scalar, total = user.args[1], user
-        two = tuple(_Norm.at(each) for each in norm.x.args) if norm.x.target is _ADD else ()
-        if not all(two) or not two:
-            return cls(residual, (norm,), None, scalar, total)  # type: ignore[arg-type]
-        ordered = sorted(two, key=lambda each: _parts_of(each.x) is None)  # type: ignore[union-attr]
-        return cls(residual, tuple(ordered), norm, scalar, total)  # type: ignore[arg-type]
+        branches, joint = cls._branches(norm)
+        scalar, total = cls._scalar(node)
+        norms = [each for each in _norms_of(total) if each is not None]
+        uses = [_Use.of(each) for each in norms]
+        found = {each.eps for each in (norm, *branches, *norms)}
+        if len(found) > 1 or len(uses) > MOST_NORMS or not all(uses):
+            return None
+        return cls(residual, branches, joint, scalar, total, tuple(uses))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _branches(norm: _Norm) -> tuple[tuple[_Norm, ...], _Norm | None]:
+        """The branch that is added, or the two whose sum is normed and then added, and that norm."""
+        two = [_Norm.at(each) for each in norm.x.args] if norm.x.target is _ADD else []
+        both = [each for each in two if each is not None]
+        if len(both) != 2:
+            return (norm,), None
+        return tuple(sorted(both, key=lambda each: _parts_of(each.x) is None)), norm
+
+    @staticmethod
+    def _scalar(node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
+        """What a sum is multiplied with, one number for each row of the call, and the product; else the sum."""
+        user = _only_user(node)
+        if user is None or user.target is not _MUL or user.args[0] is not node:
+            return None, node
+        scalar = user.args[1]
+        # One of two numbers, by the row's kind; a step for one kind of row has one of them.
+        chosen = isinstance(scalar, fx.Node) and scalar.target is _ATEN.where.self
+        return (scalar, user) if chosen else (None, node)  # type: ignore[return-value]
 
     def replace(self, graph: fx.Graph) -> None:
-        uses = [_Use.of(norm) for norm in self._norms()]
+        """Put the operation behind the total, and its results in the place of the total and of the norms."""
         with graph.inserting_after(self.total):
             joined = graph.call_function(torch.ops.dgemma.residual_norm.default, ())
         with graph.inserting_before(joined):
-            joined.args = self._arguments(graph, uses)
+            joined.args = self._arguments(graph)
+        olds = [old for use in self.uses for old in use.results]
         with graph.inserting_after(joined):
-            results = [graph.call_function(getitem, (joined, i)) for i in range(1 + sum(len(u.results) for u in uses))]
-        total, *normed = results
-        self.total.replace_all_uses_with(total, delete_user_cb=lambda user: user is not joined)
-        for use in uses:
-            for old in use.results:
-                new = normed.pop(0)
-                if use.flat:
-                    with graph.inserting_after(new):
-                        new = graph.call_function(_FLATTEN, (new, 0, 1))
-                old.replace_all_uses_with(new)
+            total, *news = (graph.call_function(getitem, (joined, index)) for index in range(1 + len(olds)))
+        self.total.replace_all_uses_with(total)
+        flat = [use.flat for use in self.uses for _ in use.results]
+        for old, new, flatten in zip(olds, news, flat, strict=True):
+            with graph.inserting_after(new):
+                old.replace_all_uses_with(graph.call_function(_FLATTEN, (new, 0, 1)) if flatten else new)
 
-    def _norms(self) -> Iterator[_Norm]:
-        """Norms of the total or of it flattened."""
-        sums = [self.total, *(user for user in self.total.users if user.target is _FLATTEN)]
-        for cast in (user for each in sums for user in each.users):
-            for user in cast.users if cast.target is _CAST else ():
-                if user.target is _NORM:
-                    [back] = user.users
-                    norm = _Norm.at(back)
-                    assert norm is not None, "a norm is cast back"
-                    yield norm
-
-    def _arguments(self, graph: fx.Graph, uses: Sequence[_Use]) -> tuple[fx.node.Argument, ...]:
+    def _arguments(self, graph: fx.Graph) -> tuple[fx.node.Argument, ...]:
         def weight(norm: _Norm | None) -> fx.Node | None:
             return None if norm is None else _float32(graph, norm.weight)
 
@@ -162,9 +175,22 @@ class _Joint:
             parts = graph.call_function(_ATEN.unsqueeze.default, (flat, 1))
         return (
             self.residual, parts, weight(branch), None if beside is None else beside.x, weight(beside),
-            weight(self.joint), self.scalar, [_float32(graph, use.weight) for use in uses],
-            [use.factor for use in uses], [use.quantized for use in uses], branch.eps,
+            weight(self.joint), self.scalar, [_float32(graph, use.weight) for use in self.uses],
+            [use.factor for use in self.uses], [use.quantized for use in self.uses], branch.eps,
         )  # fmt: skip
+
+
+def _norms_of(total: fx.Node) -> Iterator[_Norm | None]:
+    """Norms of a total or of it flattened; None in the place of one that is not cast back."""
+    sums = [total, *(user for user in total.users if user.target is _FLATTEN)]
+    for user in (user for each in sums for cast in each.users if cast.target is _CAST for user in cast.users):
+        if user.target is _NORM:
+            back = _only_user(user)
+            yield None if back is None else _Norm.at(back)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _float32(graph: fx.Graph, weight: fx.Node) -> fx.Node:
