@@ -26,7 +26,7 @@ from benchmarks.gpu.timing import copy_bandwidth, graph_seconds, matrix_rate
 from plugins_trt.canvas_attention import kernel, reference
 from plugins_trt.canvas_attention.kernel import Tiles, canvas_attention
 
-HEADS, PAGE, WINDOW, CANVAS = 16, 256, 1024, 256
+HEADS, WINDOW, CANVAS = 16, 1024, 256
 LAYERS = {"sliding": 25, "full": 5}
 KV_HEADS = {"sliding": 8, "full": 2}
 HEAD_DIM = {"sliding": 256, "full": 512}
@@ -48,18 +48,20 @@ class Rows:
     """Whether later rows have shorter prefixes."""
     rising: bool = False
     """Whether scores grow over the prefix, by far more than from tile to tile a scale may lag behind."""
+    page: int = 256
+    """Tokens of a page."""
 
     @property
     def name(self) -> str:
         return (
             f"{self.layer:7} {self.batch} x {self.tokens:4} {'prompt' if self.causal else 'canvas'}, "
-            f"prefix {self.prefix:6}"
+            f"prefix {self.prefix:6}{f', pages of {self.page}' if self.page != Rows.page else ''}"
         )
 
 
 def random_call(rows: Rows, generator: torch.Generator) -> list[Tensor]:
     """Arguments of `canvas_attention`; slots that hold no token are NaN."""
-    B, S, D, kv_heads = rows.batch, rows.tokens, HEAD_DIM[rows.layer], KV_HEADS[rows.layer]
+    B, S, D, kv_heads, page = rows.batch, rows.tokens, HEAD_DIM[rows.layer], KV_HEADS[rows.layer], rows.page
     draw = partial(torch.randn, dtype=torch.bfloat16, device="cuda", generator=generator)
     start = torch.tensor([rows.prefix // (1 + b if rows.uneven else 1) for b in range(B)], device="cuda")
     positions = start[:, None] + torch.arange(S, device="cuda")
@@ -67,14 +69,14 @@ def random_call(rows: Rows, generator: torch.Generator) -> list[Tensor]:
     sliding = rows.layer == "sliding"
     lowest = positions if rows.causal else start[:, None].expand(B, S)
     kv_start = (lowest - WINDOW + 1).clamp(min=0) if sliding else torch.zeros_like(kv_end)
-    base = (start - WINDOW + 1).clamp(min=0) // PAGE * PAGE if sliding else torch.zeros_like(start)
-    pages = math.ceil(int((start - base).max()) / PAGE)
+    base = (start - WINDOW + 1).clamp(min=0) // page * page if sliding else torch.zeros_like(start)
+    pages = math.ceil(int((start - base).max()) / page)
     table = torch.randperm(B * pages, device="cuda").view(B, pages)
-    pools = [draw(max(1, B * pages), PAGE, kv_heads, D) for _ in range(2)]
+    pools = [draw(max(1, B * pages), page, kv_heads, D) for _ in range(2)]
     for b in range(B if pages else 0):
-        beyond = torch.arange(pages * PAGE, device="cuda") >= start[b] - base[b]
+        beyond = torch.arange(pages * page, device="cuda") >= start[b] - base[b]
         for pool in pools:
-            pool[table[b]] = pool[table[b]].masked_fill(beyond.view(pages, PAGE, 1, 1), torch.nan)
+            pool[table[b]] = pool[table[b]].masked_fill(beyond.view(pages, page, 1, 1), torch.nan)
     if rows.rising:
         pools[0][table] *= torch.linspace(0.25, 8, pages, device="cuda").to(pools[0].dtype).view(-1, 1, 1, 1)
     # Scores with a standard deviation of 3: neither flat nor one key alone.
@@ -116,6 +118,9 @@ CHECKS = [
     Rows("full", 65536),
     Rows("full", 20000, rising=True),
     Rows("sliding", 5000, rising=True),
+    Rows("sliding", 5000, page=64),
+    Rows("full", 8205, page=64),
+    Rows("full", 3000, batch=3, uneven=True, page=64),
 ]
 
 

@@ -42,7 +42,9 @@ def check(config: ModelConfig, precision: Precision, options: Options) -> bool:
     """Print how far everything is from float32, and say whether an engine is as near as the references."""
     device = torch.device(options.device)
     fast = replace(options, positions=8192, encode_chunk=512)
-    plain = replace(Options(options.device), canvas_slots=2, positions=8192, encode_chunk=512, batch=2)
+    plain = replace(
+        Options(options.device), page_size=options.page_size, canvas_slots=2, positions=8192, encode_chunk=512, batch=2
+    )
     plain = replace(plain, rewrites=Rewrites(merge_products=False, reference=True))
     model = _timed("export", lambda: released_model(config, precision, device))
     results = {"reference": _timed("references", lambda: _run(model, plain))}

@@ -5,8 +5,8 @@ operand from registers, so the codes can be widened on their way, and its right 
 costs more than it saves all the same: for one canvas the weight-only product takes 2 to 3 times as long on an H200 as
 the one with 8-bit activations, which is therefore the default; it serves GPUs that have no 8-bit products.
 
-Where the GPU can, a kernel is launched while the one before it still runs, and waits for that one's
-results (`gdc_wait`) before it reads or writes anything.
+Where the GPU can, a kernel is launched while the one before it still runs, and waits for that one's results
+(`gdc_wait`) before it reads or writes anything; where its blocks are few it asks for its weights before.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Tile:
     """Add up each turn's products of 8-bit floats in float32. Hopper's matrix units sum them in fewer bits; left to
     themselves over all of K they save registers and additions."""
     ahead: bool = False
-    """Ask for the weights while the kernel before this one still runs: 3 us less a layer for 2816 channels in an H200's
-    step, but 2 us more for 8192, whose blocks cannot all wait at once."""
+    """Ask for the weights while the kernel before this one still runs: with the deeper stages 3 us less a layer for
+    2816 channels in an H200's step, but 2 us more for 8192, whose blocks cannot all wait at once (`python -m
+    benchmarks.gpu.step --precision fp8 --pieces timeline`)."""
 
 
 def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, dynamic_activations: bool | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 A kernel of ours is a wall to the compiler. What an operation does to single rows, beside its matrix products, is
 therefore left to plain PyTorch: quantising rows becomes the end of the norm or of the gated activation that makes
 them, the sum over a token's experts the begin of the norm that follows. The router's product and choice, which no
-compiler joins, become one operation.
+compiler joins, become one operation. What stands between two branches may then be joined again (`residuals.py`).
 """
 
 from __future__ import annotations

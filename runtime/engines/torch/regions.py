@@ -2,8 +2,9 @@
 
 Compiled as a whole, thirty layers take minutes at every start; layers of one type are the same computation on other
 weights. A layer's span runs from its first product to the next layer's, so that the residual, the norms around it and
-the layer's scalar still become one kernel. Inside a span the dense feed-forward is a region of its own, which can run
-beside the experts on a second stream: both wait for memory, and each hides the other's launches.
+the layer's scalar still become one kernel, the compiler's or that of the operation that joins them. Inside a span the
+dense feed-forward is a region of its own, which can run beside the experts on a second stream: both wait for memory,
+and each hides the other's launches.
 """
 
 from __future__ import annotations
