@@ -22,8 +22,9 @@ from benchmarks.gpu.expert_layers import (
 )
 from benchmarks.gpu.timing import graph_seconds
 from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
-from plugins_trt.expert_ffn.kernel import States, gated_states, hidden_buffer, quantized, weighted_parts
+from plugins_trt.expert_ffn.kernel import States, gated_states, hidden_buffer, weighted_parts
 from plugins_trt.expert_ffn.tiles import Product
+from plugins_trt.quantized_linear.kernel import quantize_rows
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def candidates(encoding: str, block_rows: int) -> list[Candidate]:
 def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float:
     """Seconds a layer of one product."""
     x, ids, weights = random_tokens(tokens, generator)
-    states = States(*quantized(x)) if layers[0].weights.dynamic_activations else States(x)
+    states = States(*quantize_rows(x)) if layers[0].weights.dynamic_activations else States(x)
     plan = dispatch(ids, EXPERTS, candidate.block_rows)
     if candidate.product == "gate_up":
         return graph_seconds(

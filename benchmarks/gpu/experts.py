@@ -36,10 +36,11 @@ from benchmarks.gpu.expert_library import library_error, library_ffn, library_pr
 from benchmarks.gpu.expert_tuning import compile_all, tune
 from benchmarks.gpu.timing import Limits, graph_seconds
 from plugins_trt.expert_ffn.dispatch import dispatch
-from plugins_trt.expert_ffn.kernel import quantized, sum_of_parts
+from plugins_trt.expert_ffn.kernel import sum_of_parts
 from plugins_trt.expert_ffn.tiles import choose_tiles
 from plugins_trt.expert_routing.kernel import expert_routing
 from plugins_trt.gpu import Gpu, gpu_of
+from plugins_trt.quantized_linear.kernel import quantize_rows
 
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -96,7 +97,7 @@ def measure_small(tokens: int) -> Iterator[dict[str, object]]:
         ("routing", partial(expert_routing, logits, logits[0].contiguous(), TOP_K)),
         ("dispatch", partial(dispatch, ids, EXPERTS, 32)),
         ("sum of parts", partial(sum_of_parts, parts)),
-        ("quantised x", partial(quantized, x)),
+        ("quantised x", partial(quantize_rows, x)),
     ):
         seconds = graph_seconds([call] * 20)
         print(f"{name:12} {tokens:5} tokens: {seconds * 1e6:8.1f} us", flush=True)

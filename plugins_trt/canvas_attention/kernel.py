@@ -83,18 +83,7 @@ def canvas_attention(
     return splits.results[0] if splits.whole else _merged(call, splits)
 
 
-def canvas_attention_codes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    page_table: Tensor,
-    page_base: Tensor,
-    start: Tensor,
-    kv_start: Tensor,
-    kv_end: Tensor,
-) -> tuple[Tensor, Tensor]:
+def canvas_attention_codes(query: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """`canvas_attention`, its results rounded to float8_e4m3fn with a scale for each token; in between to the query's
     dtype only where the keys were not split.
 
@@ -105,7 +94,7 @@ def canvas_attention_codes(
         codes: `[B, S, heads * D]` float8_e4m3fn.
         scale: largest magnitude of each token / 448, float32 `[B, S]`.
     """
-    call = _Call.of(query, key, value, key_pool, value_pool, page_table, page_base, start, kv_start, kv_end)
+    call = _Call.of(query, *others)
     B, S, heads, D = query.shape
     codes = torch.empty(B, S, heads * D, dtype=torch.float8_e4m3fn, device=query.device)
     scale = torch.empty(B, S, dtype=torch.float32, device=query.device)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from plugins_trt.expert_ffn.dispatch import DispatchPlan, dispatch
 from plugins_trt.expert_ffn.encodings import E4M3_BITS, E4M3_DOT, INT4, WIDE
-from plugins_trt.expert_ffn.products import STATE_GROUP, down_product, gate_up_product, quantize_rows, sum_parts
+from plugins_trt.expert_ffn.products import STATE_GROUP, down_product, gate_up_product, sum_parts
 from plugins_trt.expert_ffn.tiles import Product, Tiles, choose_tiles, row_parts, weight_tiles
 from plugins_trt.gpu import gpu_of
+from plugins_trt.quantized_linear.kernel import quantize_rows
 
 
 def expert_ffn(
@@ -77,11 +78,9 @@ def expert_ffn_fp8(
     if not dynamic_activations:
         weights = ExpertWeights(gate_up, gate_up_scale, down, down_scale)
         return sum_of_parts(parts(States(x), expert_ids, expert_weights, weights, x.dtype, tiles))
-    return sum_of_parts(
-        expert_parts_fp8(
-            *quantized(x), expert_ids, expert_weights, gate_up, gate_up_scale, down, down_scale, x.dtype, tiles=tiles
-        )
-    )
+    codes, scale = quantize_rows(x)
+    matrices = gate_up, gate_up_scale, down, down_scale
+    return sum_of_parts(expert_parts_fp8(codes, scale, expert_ids, expert_weights, *matrices, x.dtype, tiles=tiles))
 
 
 def expert_ffn_int4(
@@ -304,19 +303,6 @@ def sum_of_parts(parts: Tensor) -> Tensor:
         parts, output, hidden_size, top_k, width, overlap, num_warps=4, launch_pdl=overlap
     )
     return output
-
-
-def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes `[T, H]` float8_e4m3fn and scales `[T]` float32 of the rows of `x`."""
-    rows, size = x.shape
-    codes = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    overlap = gpu_of(x.device).overlaps_kernels
-    if rows:
-        quantize_rows[(rows,)](
-            x.contiguous(), codes, scale, size, triton.next_power_of_2(size), overlap, num_warps=4, launch_pdl=overlap
-        )
-    return codes, scale
 
 
 def _stored(matrices: Tensor, weights: ExpertWeights) -> Tensor:

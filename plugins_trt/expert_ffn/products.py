@@ -371,18 +371,3 @@ def sum_parts(
         place = PARTS + (token * TOP_K + choice) * HIDDEN_SIZE + column
         total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(OUTPUT + token * HIDDEN_SIZE + column, total.to(OUTPUT.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def quantize_rows(STATES, CODES, SCALE, SIZE: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr):
-    """One row to float8_e4m3fn with its own scale, absmax / 448."""
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, PADDED)
-    states = tl.load(STATES + row * SIZE + column, mask=column < SIZE, other=0.0).to(tl.float32)
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(states), axis=0), 1e-30), tl.full([], 448.0, tl.float32))
-    codes = round_to_e4m3(tl.div_rn(states, tl.broadcast_to(scale, [PADDED])))
-    tl.store(CODES + row * SIZE + column, codes.to(CODES.dtype.element_ty), mask=column < SIZE)
-    tl.store(SCALE + row, scale)

@@ -39,8 +39,8 @@ from runtime.engines.torch.tables import PageTables, full_pages, slots_of
 from runtime.engines.torch.weights import WeightsFile
 from runtime.errors import BundleError
 
-FULL_TOKENS_LEAST = 1024
-"""Page tables are padded to a power of two of pages that hold at least so many tokens: a call of a length class is
+FULL_PAGES_LEAST, FULL_TOKENS_LEAST = 16, 1024
+"""Page tables are padded to a power of two of pages that is at least the smaller of these two: a call of a length class is
 captured once."""
 
 
@@ -231,7 +231,7 @@ class TorchEngine:
 
     @property
     def _least_pages(self) -> int:
-        return max(1, FULL_TOKENS_LEAST // self.pool.page_size)
+        return max(1, min(FULL_PAGES_LEAST, FULL_TOKENS_LEAST // self.pool.page_size))
 
     def _full_bucket(self, start: int) -> int:
         """Pages of the tables of a call whose rows begin no later than `start`."""
