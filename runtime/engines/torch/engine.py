@@ -40,7 +40,7 @@ from runtime.engines.torch.weights import WeightsFile
 from runtime.errors import BundleError
 
 FULL_PAGES_LEAST, FULL_TOKENS_LEAST = 16, 1024
-"""Page tables are padded to a power of two of pages that is at least the smaller of these two: a call of a length class is
+"""Page tables are padded to a power of two of pages, at least the smaller of these two: a call of a length class is
 captured once."""
 
 
