@@ -16,7 +16,12 @@ def fetch_ahead(start, count):
     """Ask for the `count` bytes from pointer `start` on, in lines of the L2 cache."""
     first = start.to(tl.int64)
     for turn in range(0, count, _TURN):
-        line = first + tl.minimum(turn + tl.arange(0, _TURN // _LINE) * _LINE, count - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], tl.int32, is_pure=False, pack=1
-        )
+        fetch_lines(first + tl.minimum(turn + tl.arange(0, _TURN // _LINE) * _LINE, count - 1))
+
+
+@triton.jit
+def fetch_lines(addresses):
+    """Ask for the lines of the L2 cache that hold these int64 `addresses`."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], tl.int32, is_pure=False, pack=1
+    )

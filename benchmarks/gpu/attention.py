@@ -146,6 +146,7 @@ TIMED = [
     *(Rows(layer, 1024, batch) for layer in LAYERS for batch in (2, 4, 8, 16)),
     *(Rows(layer, prefix, tokens=2048, causal=True) for layer in LAYERS for prefix in (0, 6144)),
     *(Rows(layer, 0, tokens=8192, causal=True) for layer in LAYERS),
+    *(Rows("full", prefix, page=64) for prefix in (8192, 262144 - CANVAS)),
 ]  # fmt: skip
 
 

@@ -93,6 +93,9 @@ _STRAIGHT_TILES = {
     },
 }  # fmt: skip
 
+_OTHERS = {("int4", 32): [Candidate("int4", "down", 32, Product(128, 64, 4, 4, registers=128))]}
+"""Candidates that do not come of the tables, by encoding and block size."""
+
 BLOCK_ROWS = {256: (16, 32), 2048: (64, 128), 8192: (128, 256), 1024: (32, 64), 512: (32, 64), 4096: (128, 256)}
 """Block sizes to try by number of tokens, the most telling numbers first."""
 
@@ -111,11 +114,12 @@ def candidates(encoding: str, block_rows: int) -> list[Candidate]:
     straight = _STRAIGHT_TILES.get(encoding)
     table, deeper = (straight, 1) if straight else (_TILES, 2)
     products = zip(("gate_up", "down"), next(tiles for most, tiles in table.items() if block_rows <= most), strict=True)
-    return [
+    of_tables = [
         Candidate(encoding, product, block_rows, Product(rows, depth * deeper, warps, stages))
         for product, tiles in products
         for rows, depth, warps, stages in tiles
     ]
+    return of_tables + _OTHERS.get((encoding, block_rows), [])
 
 
 def run(candidate: Candidate, layers: Sequence[Layer], tokens: int, generator: torch.Generator) -> float:

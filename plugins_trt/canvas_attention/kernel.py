@@ -245,9 +245,9 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
         gather[(blocks * bands, splits, B * call.kv_heads)](
             call.value, call.value_pool, call.page_table, *call.visibility, weights, statistics, changes, partial,
             totals[1 - index % 2], totals[index % 2], rows.weights, rows.values, index * chunk, chunk, B, **call.sizes,
-            FIRST=index == 0,
-            BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=gather_tiles.step, BLOCK_D=gather_tiles.columns,
-            num_warps=gather_tiles.warps, num_stages=gather_tiles.stages, **_overlapping(gpu),
+            FIRST=index == 0, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys, BLOCK_K=gather_tiles.step,
+            BLOCK_D=gather_tiles.columns, num_warps=gather_tiles.warps, num_stages=gather_tiles.stages,
+            **_overlapping(gpu),
         )  # fmt: skip
     return _Splits(partial, totals[(chunks - 1) % 2], splits == 1 and chunks == 1)
 

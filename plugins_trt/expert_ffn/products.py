@@ -127,7 +127,7 @@ def grouped_products(
         tail_sums = tl.zeros([WEIGHT_ROWS, TAIL_ROWS], tl.float32)
     column = tl.arange(0, DEPTH)
     # No mask: whatever the scales of padding rows are, nothing stores what they lead to. Asked for a turn before they
-    # are needed, since Triton does so for a product's operands alone: waiting took 4 of 10 cycles of an H200's turn.
+    # are needed, since Triton does so for a product's operands alone: 38 % of an H200's stalls were that wait.
     scale = tl.load(state_scales)
     if TAIL_ROWS != 0:
         tail_scale = tl.load(tail_scales)

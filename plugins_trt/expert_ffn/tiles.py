@@ -45,7 +45,7 @@ class Tiles:
 # work; wide ones serve prefill and many canvases. Measured on an H200 with Triton 3.6 by
 # `python -m benchmarks.gpu.experts --tune`, 128 experts of 2816 x 704, the least sum of both products: 256 and 2048
 # tokens of `WIDE` and `E4M3_DOT`, 256 to 8192 of `E4M3_BITS` and of `INT4`. Blocks of 128 rows are for 8 canvases,
-# whose tokens spread less evenly than random ones: measured in a step, 2 % of it in bf16 and 3 % in float8. Not
+# whose tokens spread less evenly than random ones: tried in a step, 2 % of it in bf16 and 3 % in float8. Not
 # measured: blocks of 48 and 96 rows, which read the fewest bytes from the L2 cache and fit the registers of sm_90.
 _TABLES = {
     WIDE.value: (

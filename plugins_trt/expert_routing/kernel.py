@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.gpu import gpu_of
+from plugins_trt.overlap import fetch_lines
 
 MOST_TOKENS = 1024
 """Tokens up to which the router's product is this project's own; with more of them a library's is as fast."""
@@ -121,9 +122,7 @@ def project(
         line: tl.constexpr = 128 // (X.dtype.element_ty.primitive_bitwidth // 8)
         ahead = weights[:, None] + (tl.arange(0, COLUMNS // line) * line)[None, :]
         if WHOLE:
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ahead.to(tl.int64)], tl.int32, is_pure=False, pack=1
-            )
+            fetch_lines(ahead.to(tl.int64))
         gdc_wait()
         gdc_launch_dependents()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

@@ -17,9 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from plugins_trt.float8 import encode_e4m3, row_step
 from plugins_trt.gpu import gpu_of
-
-MOST_NORMS = 3
-"""Norms of one sum."""
+from plugins_trt.residual_norm import MOST_NORMS
 
 
 def residual_norm(

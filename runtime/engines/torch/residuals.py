@@ -15,14 +15,12 @@ from torch import fx
 
 from plugins_trt import torch_operations  # noqa: F401 (registers the operations)
 from plugins_trt.quantized_linear.reference import quantize_rows
+from plugins_trt.residual_norm import MOST_NORMS
 from runtime.engines.torch.pieces import sum_of_parts
 
 _ATEN = torch.ops.aten
 _NORM, _CAST, _ADD, _MUL = _ATEN.rms_norm.default, _ATEN.to.dtype, _ATEN.add.Tensor, _ATEN.mul.Tensor
 _FLATTEN, _VIEW_AS = _ATEN.flatten.using_ints, _ATEN.view_as.default
-
-MOST_NORMS = 3
-"""Norms of one sum that the operation makes."""
 
 
 def join_residuals(graph: fx.Graph) -> None:
@@ -121,7 +119,7 @@ class _Joint:
             return None
         branches, joint = cls._branches(norm)
         scalar, total = cls._scalar(node)
-        norms = [each for each in _norms_of(total) if each is not None]
+        norms = list(_norms_of(total))
         uses = [_Use.of(each) for each in norms]
         found = {each.eps for each in (norm, *branches, *norms)}
         if len(found) > 1 or len(uses) > MOST_NORMS or not all(uses):
@@ -180,13 +178,13 @@ class _Joint:
         )  # fmt: skip
 
 
-def _norms_of(total: fx.Node) -> Iterator[_Norm | None]:
-    """Norms of a total or of it flattened; None in the place of one that is not cast back."""
+def _norms_of(total: fx.Node) -> Iterator[_Norm]:
+    """Norms of a total or of it flattened that are cast back to its dtype."""
     sums = [total, *(user for user in total.users if user.target is _FLATTEN)]
     for user in (user for each in sums for cast in each.users if cast.target is _CAST for user in cast.users):
-        if user.target is _NORM:
-            back = _only_user(user)
-            yield None if back is None else _Norm.at(back)
+        norm = _Norm.at(_only_user(user)) if user.target is _NORM else None
+        if norm is not None:
+            yield norm
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

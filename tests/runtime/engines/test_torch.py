@@ -135,7 +135,7 @@ def plain(tiny_bundle: Bundle) -> list[Readout]:
         pytest.param(
             replace(PLAIN, rewrites=Rewrites(merge_products=False, take_apart=True, join_residuals=True)),
             False,
-            id="residuals joined: another branch's norm, a norm without its factor, a sum from before the scalar",
+            id="residuals joined: another branch's norm, a sum from before the scalar",
         ),
         pytest.param(
             replace(PLAIN, batch=4), False, id="three rows in a call of four: rows mixed up, filling rows seen"
