@@ -196,14 +196,15 @@ FUSED = [
 WIDE = [
     (
         Tiles(rows, keys, 64, columns, warps, stages, resident),
-        Tiles(rows, keys, 64, columns, last_warps, last_stages, last_resident),
+        Tiles(rows, keys, step, columns, last_warps, last_stages, last_resident),
     )
-    for rows, keys, warps, stages, resident, columns, last_warps, last_stages, last_resident in (
-        (128, 256, 8, 4, 1, 256, 8, 4, 1), (128, 128, 4, 3, 2, 256, 8, 4, 1), (256, 128, 8, 4, 1, 128, 8, 4, 1),
-        (128, 256, 8, 3, 1, 128, 4, 3, 2), (128, 128, 8, 4, 1, 256, 8, 4, 1),
+    for rows, keys, warps, stages, resident, step, columns, last_warps, last_stages, last_resident in (
+        (128, 256, 8, 4, 1, 64, 256, 8, 4, 1), (128, 256, 8, 4, 1, 32, 256, 8, 7, 1),
+        (128, 128, 4, 3, 2, 64, 256, 8, 4, 1), (128, 128, 4, 3, 2, 32, 256, 8, 8, 1),
+        (128, 256, 8, 4, 1, 32, 128, 4, 6, 2), (128, 128, 8, 4, 1, 64, 256, 8, 4, 1),
     )
 ]  # fmt: skip
-"""The first of each are those of the tables."""
+"""The first of each are those of the tables, and of the wide ones the second too: those of long prefixes."""
 
 TUNED: list[tuple[Rows, Sequence[Tiles | tuple[Tiles, Tiles]]]] = [
     (Rows("full", 262144 - CANVAS), WIDE),

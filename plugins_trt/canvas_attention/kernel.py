@@ -8,7 +8,7 @@ softmax weights between two products, in a scratch of bounded size. Splits of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -18,9 +18,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from plugins_trt.canvas_attention.programs import attend, gather, merge, weigh
 from plugins_trt.gpu import Gpu, gpu_of
 
-SCRATCH_BYTES = 512 << 20
-"""Of softmax weights stored at a time: 64 thousand keys of a canvas; with more, keys are worked through in chunks. 256K
-keys took an H200 5.94, 5.47, 5.31 and 5.16 ms a layer with 64, 256, 512 and 2200 MB."""
+SCRATCH_BYTES = 448 << 20
+"""Of softmax weights stored at a time: 56 thousand keys of a canvas; with more, keys are worked through in chunks. 256K
+keys took an H200 4.80, 4.65, 4.43 and 4.34 ms a layer with 128, 224, 448 and 1024 MB."""
 
 FUSED_HEAD_DIM = 256
 """Widest head whose accumulator (128 rows of float32 over 256 threads) leaves registers for the scores."""
@@ -115,14 +115,18 @@ def fused_tiles(gpu: Gpu, query: Tensor, kv_heads: int) -> Tiles:
     return Tiles(rows, keys, width, width, warps=8 if rows == 128 else 4, stages=stages)
 
 
-def wide_tiles(gpu: Gpu, query: Tensor) -> tuple[Tiles, Tiles]:
-    """Blocks of the two products, which share rows and keys."""
+def wide_tiles(gpu: Gpu, query: Tensor, described: bool) -> tuple[Tiles, Tiles]:
+    """Blocks of the two products, which share rows and keys; `described` where long prefixes are read by descriptor.
+
+    The second product then waits for memory, and many small steps ask for what is far ahead: an H200 took 3.90 ms in
+    place of 4.49 for 256K keys. By address each step costs its pointers (8K keys: 179 us in place of 169).
+    """
     if query.element_size() > 2:
         tiles = Tiles(rows=64, keys=64, step=32, columns=128, warps=4, stages=2)
         return tiles, tiles
     if gpu.is_large:
         tiles = Tiles(rows=128, keys=256, step=64, columns=256, warps=8, stages=4)
-        return tiles, tiles
+        return tiles, replace(tiles, step=32, stages=7) if described else tiles
     tiles = Tiles(rows=64, keys=128, step=32, columns=128, warps=4, stages=3)
     return tiles, tiles
 
@@ -201,7 +205,11 @@ def _splits(room: int, blocks: int, key_tiles: int) -> int:
 def _attended(call: _Call, gpu: Gpu, scratch_bytes: int) -> _Splits:
     if call.query.shape[3] <= FUSED_HEAD_DIM:
         return _fused(call, fused_tiles(gpu, call.query, call.kv_heads), gpu)
-    return _in_two_products(call, *wide_tiles(gpu, call.query), gpu, scratch_bytes)
+    tiles = wide_tiles(gpu, call.query, described=True)
+    described = _describes(call, *tiles, gpu)
+    if not described:
+        tiles = wide_tiles(gpu, call.query, described=False)
+    return _in_two_products(call, *tiles, described, gpu, scratch_bytes)
 
 
 def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> _Splits:
@@ -217,7 +225,9 @@ def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> _Splits:
     return _Splits(partial, totals, splits == 1)
 
 
-def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, scratch_bytes: int) -> _Splits:
+def _in_two_products(
+    call: _Call, tiles: Tiles, gather_tiles: Tiles, described: bool, gpu: Gpu, scratch_bytes: int
+) -> _Splits:
     B, D = call.query.shape[0], call.query.shape[3]
     blocks, bands = triton.cdiv(call.rows, tiles.rows), triton.cdiv(D, gather_tiles.columns)
     stored_rows = B * call.kv_heads * blocks * tiles.rows
@@ -235,12 +245,13 @@ def _in_two_products(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu, s
     weights = torch.empty(stored_rows, chunk * tiles.keys, dtype=call.query.dtype, device=device)
     statistics = torch.empty(2, B * call.kv_heads, chunk, blocks * tiles.rows, dtype=torch.float32, device=device)
     changes = torch.empty(B * call.kv_heads, chunk, blocks, dtype=torch.int32, device=device)
-    rows = _Described.of(call, weights, tiles, gather_tiles) if _describes(call, tiles, gather_tiles, gpu) else _NONE
+    rows = _Described.of(call, weights, tiles, gather_tiles) if described else _NONE
     for index in range(chunks):
         weigh[(blocks, shares, B * call.kv_heads)](
             call.query, call.key, call.key_pool, call.page_table, *call.visibility, weights, statistics, changes,
-            rows.query, rows.keys, index * chunk, chunk, B, **call.sizes, BLOCK_M=tiles.rows, BLOCK_N=tiles.keys,
-            BLOCK_K=tiles.step, num_warps=tiles.warps, num_stages=tiles.stages, **_overlapping(gpu),
+            rows.query, rows.keys, index * chunk, chunk, B, **call.sizes, BLOCK_M=tiles.rows,
+            BLOCK_N=tiles.keys, BLOCK_K=tiles.step, STORED_KEYS=gather_tiles.step, num_warps=tiles.warps,
+            num_stages=tiles.stages, **_overlapping(gpu),
         )  # fmt: skip
         gather[(blocks * bands, splits, B * call.kv_heads)](
             call.value, call.value_pool, call.page_table, *call.visibility, weights, statistics, changes, partial,
@@ -270,7 +281,7 @@ class _Described:
         return cls(
             TensorDescriptor.from_tensor(query, [tiles.rows, tiles.step]),
             TensorDescriptor.from_tensor(keys, [tiles.keys, tiles.step]),
-            TensorDescriptor.from_tensor(weights, [gather_tiles.rows, gather_tiles.step]),
+            TensorDescriptor.from_tensor(weights.view(-1, gather_tiles.step), [gather_tiles.rows, gather_tiles.step]),
             TensorDescriptor.from_tensor(values, [gather_tiles.step, gather_tiles.columns]),
         )
 
@@ -290,9 +301,9 @@ def _describes(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu) -> bool
     )
 
 
-_MANY_TILES = 64
-"""Key tiles from which on they are read by descriptor. Of 32 (8192 tokens) an H200 took 193 us a layer by descriptor,
-the queries' copy included, and 183 by address; of 1024 4.53 and 4.87 ms. Where the two meet was not measured."""
+_MANY_TILES = 32
+"""Key tiles from which on they are read by descriptor, the queries' copy included: 8192 tokens took an H200 165 us a
+layer by descriptor and 173 by address, 4096 103 and 100."""
 
 
 def _merged(call: _Call, splits: _Splits) -> Tensor:

@@ -22,6 +22,16 @@ MOST_AT_ONCE = tl.constexpr(8)
 LARGEST_WEIGHT = tl.constexpr(8.0)
 """Stored weights are at most 2 to this: a scale that has become too small by less than that is kept."""
 
+HEADROOM = tl.constexpr(40.0)
+"""A new scale is 2 to this above what asks for it where the stored weights have float32's exponents, so that the next
+larger scores need none: a tile of another scale than the one before it interrupts the product that reads them."""
+
+REACH, NARROW_REACH = tl.constexpr(90.0), tl.constexpr(60.0)
+"""How far below the largest scale, as a power of 2, sums may be brought to one; the other without headroom. From there
+on the weights of a tile, at most 2 to `LARGEST_WEIGHT` each and millions of them, are lost in the rounding of the row's
+largest one, which is no less than 2 to -`HEADROOM`; and sums of 2^18 such weights times values up to 2^11, brought so
+far up, still have a float32."""
+
 
 @triton.jit(do_not_specialize=["pages", "splits"])
 def attend(
@@ -85,10 +95,14 @@ def attend(
 @triton.jit(do_not_specialize=["pages", "first_tile", "tiles", "B"])
 def weigh(
     QUERY, KEY, KEY_POOL, PAGE_TABLE, PAGE_BASE, START, KV_START, KV_END, pages, S, WEIGHTS, STATISTICS, CHANGES,
-    QUERY_ROWS, POOL_ROWS, first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    QUERY_ROWS, POOL_ROWS, first_tile, tiles, B, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STORED_KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Softmax weights of one block of rows for a share of a chunk's tiles, each row's relative to a scale of its own.
+
+    `WEIGHTS [B * KV_HEADS, blocks, tiles * BLOCK_N / STORED_KEYS, BLOCK_M, STORED_KEYS]`: what `gather` reads at a time
+    lies in one stretch. Rows of a whole chunk would be read 128 bytes here and 128 there.
 
     Scales are whole powers of two, so that bringing weights of several tiles to one is exact, and stay the same from
     tile to tile where they can: `CHANGES` marks tiles at which some row's scale differs from that of the tile before.
@@ -113,7 +127,11 @@ def weigh(
     seen_from, seen_to = seen_by_all(begin, end, tokens, S)
     queries = QUERY + ((b.to(tl.int64) * S + tokens) * (KV_HEADS * GROUP) + heads) * D
     padded = tl.num_programs(0) * BLOCK_M
-    place = (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
+    key = tl.arange(0, BLOCK_N)
+    places = tl.arange(0, BLOCK_M)[:, None] * STORED_KEYS
+    places += (key // STORED_KEYS * (BLOCK_M * STORED_KEYS) + key % STORED_KEYS)[None, :]
+    rows_before = tl.program_id(2).to(tl.int64) * padded + block * BLOCK_M
+    weights_at = WEIGHTS + rows_before * (tiles * BLOCK_N)
     held = tl.maximum(tl.minimum(count - first_tile, tiles), 0)
     share, shares = tl.program_id(1), tl.num_programs(1)
     share_begin, share_end = share * held // shares, (share + 1) * held // shares
@@ -132,8 +150,8 @@ def weigh(
                 keys = POOL_ROWS.load([slot, kv_head * D + column])
                 scores = tl.dot(query, keys.T, scores, input_precision="ieee")
             scale = store_weights(
-                scores, scale, stored, stored == share_begin, block, place, padded, row, tiles, B, WEIGHTS, STATISTICS,
-                CHANGES, KV_HEADS, BLOCK_N,
+                scores, scale, stored, stored == share_begin, block, weights_at + stored * (BLOCK_M * BLOCK_N), places,
+                padded, row, tiles, B, STATISTICS, CHANGES, KV_HEADS,
             )  # fmt: skip
     page = page_of(table, first_tile + rest, first_cached, cached, pages, PAGE, BLOCK_N)
     for stored in range(rest, share_end):
@@ -153,19 +171,20 @@ def weigh(
             seen = (at[None, :] >= begin[:, None]) & (at[None, :] < tl.minimum(end, last)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
         scale = store_weights(
-            scores, scale, stored, stored == share_begin, block, place, padded, row, tiles, B, WEIGHTS, STATISTICS,
-            CHANGES, KV_HEADS, BLOCK_N,
+            scores, scale, stored, stored == share_begin, block, weights_at + stored * (BLOCK_M * BLOCK_N), places,
+            padded, row, tiles, B, STATISTICS, CHANGES, KV_HEADS,
         )  # fmt: skip
 
 
 @triton.jit
 def store_weights(
-    scores, scale, stored, begins, block, place, padded, row, tiles, B, WEIGHTS, STATISTICS, CHANGES,
-    KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+    scores, scale, stored, begins, block, TILE, places, padded, row, tiles, B, STATISTICS, CHANGES,
+    KV_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Store one tile's weights, their sums and their scale, and return the scale; `begins` at a share's first tile."""
+    headroom: tl.constexpr = 0.0 if TILE.dtype.element_ty == tl.float16 else HEADROOM
     largest = tl.ceil(tl.max(scores, 1) * LOG2_E)
-    larger = tl.where(largest > scale + LARGEST_WEIGHT, largest, scale)
+    larger = tl.where(largest > scale + LARGEST_WEIGHT, largest + headroom, scale)
     changes = (larger != scale).to(tl.int32)
     tl.store(
         CHANGES + (tl.program_id(2) * tiles + stored) * tl.num_programs(0) + block,
@@ -176,8 +195,7 @@ def store_weights(
     statistic = STATISTICS + (tl.program_id(2) * tiles + stored) * padded + row
     tl.store(statistic, larger)
     tl.store(statistic + B * KV_HEADS * tiles * padded, tl.sum(weights, 1))
-    out = WEIGHTS + (place + stored * BLOCK_N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-    tl.store(out, weights.to(WEIGHTS.dtype.element_ty))
+    tl.store(TILE + places, weights.to(TILE.dtype.element_ty))
     return larger
 
 
@@ -190,8 +208,8 @@ def gather(
 ):  # fmt: skip
     """Stored weights times values: one block of rows, one band of columns, one split of a chunk's tiles.
 
-    All but the first chunk add to what the chunks before them left. The descriptors `WEIGHT_ROWS` of the stored weights
-    and `POOL_ROWS [slots, KV_HEADS * D]`, where they are given, serve steps that lie in the pool.
+    All but the first chunk add to what the chunks before them left. The descriptors `WEIGHT_ROWS [rows, BLOCK_K]`
+    of the stored weights and `POOL_ROWS [slots, KV_HEADS * D]`, where they are given, serve steps that lie in the pool.
     """
     if OVERLAP:
         gdc_wait()
@@ -226,16 +244,18 @@ def gather(
         reference = tl.where(larger == float("-inf"), 0.0, larger)
         total = total * tl.exp2(largest - reference) + tl.sum(totals * tl.exp2(each - reference[:, None]), 1)
         largest = larger
-    # The sums stand relative to the tile at hand (exactly, by powers of two), though to no less than 2^-60 of the
-    # largest weight: what a tile below that adds too much of is lost in rounding all the same.
-    least = tl.where(largest == float("-inf"), 0.0, largest - 60.0)
+    # The sums stand relative to the tile at hand (exactly, by powers of two), but within reach of the largest scale:
+    # what a tile below that adds too much of is lost in rounding all the same.
+    reach: tl.constexpr = NARROW_REACH if WEIGHTS.dtype.element_ty == tl.float16 else REACH
+    least = tl.where(largest == float("-inf"), 0.0, largest - reach)
     relative_to = least
 
     stride: tl.constexpr = KV_HEADS * D
     own = b.to(tl.int64) * S * stride + kv_head * D
     table = PAGE_TABLE + b.to(tl.int64) * pages
-    stored = WEIGHTS + (tl.program_id(2).to(tl.int64) * padded + row) * (tiles * BLOCK_N)
     steps: tl.constexpr = BLOCK_N // BLOCK_K
+    steps_before = (tl.program_id(2) * blocks + block) * (tiles * steps)
+    within = tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first_step = first_tile * steps
     tile = share_begin
@@ -255,7 +275,7 @@ def gather(
             for step in range(tile * steps, rest):
                 first = (first_cached * steps + first_step + step) * BLOCK_K
                 slot = tl.load(table + first // PAGE).to(tl.int32) * PAGE + first % PAGE
-                weights = WEIGHT_ROWS.load([tl.program_id(2) * padded + block * BLOCK_M, step * BLOCK_K])
+                weights = WEIGHT_ROWS.load([(steps_before + step) * BLOCK_M, 0])
                 values = POOL_ROWS.load([slot, kv_head * D + band * BLOCK_D])
                 sums = tl.dot(weights, values, sums, input_precision="ieee")
         page = page_of(table, first_step + rest, first_cached * steps, cached * steps, pages, PAGE, BLOCK_K)
@@ -264,7 +284,7 @@ def gather(
                 first_step + step, base, start, first_cached * steps, cached * steps, first_own * steps, BLOCK_K
             )
             last = tl.where(in_pool, tl.minimum(start, base + pages * PAGE), start + S)
-            weights = tl.load(stored[:, None] + (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :])
+            weights = tl.load(WEIGHTS + (steps_before + step).to(tl.int64) * (BLOCK_M * BLOCK_K) + within)
             rows = rows_of(VALUE_POOL + kv_head * D, VALUE + own, page, in_pool, first, PAGE, stride, BLOCK_K)
             exists = columns(position + tl.arange(0, BLOCK_K) < last, d, D, BLOCK_D)
             values = tl.load(rows[:, None] + d[None, :], mask=exists, other=0.0)

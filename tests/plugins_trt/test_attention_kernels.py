@@ -39,13 +39,14 @@ LARGER = [
 def bound(case: Rows, inputs: list[Tensor]) -> float:
     """What roundings explain.
 
-    A score of `D` terms is off by `D * 2^-24` times the terms' magnitudes, a share by twice that and by the additions
-    of `T` of them; shares, the splits' results and the result are rounded to the inputs' dtype.
+    A score of `D` terms is off by `D * 2^-24` times the terms' magnitudes, a share by twice that, by its exponent's
+    distance from the scale (48 beside the scores) and by the additions of `T` of them; shares, the splits' results and
+    the result are rounded to the inputs' dtype.
     """
     wide = torch.finfo(torch.float32).eps
     score = (inputs[0].float().norm(dim=-1).max() * max(inputs[1].float().norm(dim=-1).max(), _norm(inputs[3]))).item()
     values = max(float(inputs[2].abs().max()), float(inputs[4].nan_to_num().abs().max()))
-    terms = 2 * case.head_dim * score + case.pages * case.page_size + case.tokens
+    terms = 2 * case.head_dim * score + 48 + case.pages * case.page_size + case.tokens
     return (wide * terms + 3 * torch.finfo(inputs[0].dtype).eps / 2) * values
 
 
@@ -174,10 +175,10 @@ def test_scores_far_apart(head_dim: int, interpreter: Interpreter) -> None:
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
-def on_one_multiprocessor(*inputs: Tensor) -> Tensor:
+def on_one_multiprocessor(*inputs: Tensor, scratch_bytes: int = 1 << 30) -> Tensor:
     """Runs where the interpreter is: one block of rows works through all of its keys."""
     with patch.object(kernel, "gpu_of", lambda _: Gpu(80, 1)):
-        return kernel.canvas_attention(*inputs)
+        return kernel.canvas_attention(*inputs, scratch_bytes=scratch_bytes)
 
 
 @pytest.mark.parametrize("head_dim", [32, 272], ids=["fused", "wide"])
@@ -188,6 +189,27 @@ def test_scores_that_rise_and_fall_from_tile_to_tile(head_dim: int, interpreter:
     for page, factor in zip(inputs[5][0], (0.1, 10.0, 8.0, 0.1), strict=True):
         inputs[3][page] *= factor / head_dim**0.5 * 4
     got = interpreter(on_one_multiprocessor, *inputs)
+    assert error(case, inputs, got) <= bound(case, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "factors",
+    [
+        pytest.param((0.1, 10.0, 8.0, 0.1), id="chunks that outgrow an earlier one"),
+        pytest.param((40.0, 0.1, 0.1, 0.1), id="chunks whose weights vanish beside an earlier one's"),
+        pytest.param((0.1, 0.1, 0.1, 40.0), id="earlier chunks that vanish beside a later one"),
+    ],
+)
+def test_chunks_whose_scores_lie_far_apart(
+    factors: tuple[float, ...], dtype: torch.dtype, interpreter: Interpreter
+) -> None:
+    """Catches a chunk that divides by nothing, or that outweighs those before or after it."""
+    case = Rows("", starts=(250,), tokens=3, head_dim=272, page_size=64, pages=4, heads=2, kv_heads=1)
+    inputs = [x.to(dtype) if x.is_floating_point() else x for x in arguments(case)]
+    for page, factor in zip(inputs[5][0], factors, strict=True):
+        inputs[3][page] *= factor / case.head_dim**0.5 * 4
+    got = interpreter(on_one_multiprocessor, *inputs, scratch_bytes=1)
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
