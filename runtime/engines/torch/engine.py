@@ -219,8 +219,9 @@ class TorchEngine:
             ("slots", [row.slot for row in rows]),
         ):
             host[name][:count] = values
-            # Rows that only fill up the call repeat the last one, with the spare slot.
-            host[name][count:] = host[name][count - 1] if name != "slots" else self.pool.canvas_slots
+            if count < len(host[name]):
+                # Rows that only fill up the call repeat the last one, with the spare slot.
+                host[name][count:] = host[name][count - 1] if name != "slots" else self.pool.canvas_slots
         for index in range(len(host["start"])):
             row = rows[min(index, count - 1)]
             tables.write(index, row.prefix, row.start)
