@@ -212,7 +212,8 @@ class Generation:
 
     def _cut(self, canvas: NDArray[np.int64]) -> tuple[NDArray[np.int64], FinishReason | None]:
         """The canvas up to its first end token and to the most tokens allowed, and which of the two ends the answer."""
-        ends = np.flatnonzero(np.isin(canvas, self._end_token_ids))
+        # Not `isin`, which takes 14 us where this takes 3.
+        [ends] = (canvas == self._end_token_ids[:, None]).any(axis=0).nonzero()
         room = self.request.sampling.max_output_tokens - self._output_tokens
         if len(ends) and ends[0] <= room:
             return canvas[: ends[0]], FinishReason.END_TOKEN

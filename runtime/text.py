@@ -73,14 +73,18 @@ class AnswerText:
         self._decoder.setstate(state)
         text = "".join(pieces)
         found = find_stop(self._held + text, self._stop_strings)
-        end = len(text) if found is None else max(0, found.begin - len(self._held))
+        if found is None:
+            return PreviewText(text, tuple(map(len, pieces)))
+        end = max(0, found.begin - len(self._held))
         ends = [min(end, total) for total in accumulate(map(len, pieces))]
         lengths = tuple(after - before for before, after in zip([0, *ends], ends, strict=False))
         return PreviewText(text[:end], lengths)
 
     def _decode(self, token_ids: NDArray[np.int64]) -> list[str]:
-        token_bytes, decode = self._vocabulary.token_bytes, self._decoder.decode
-        return [decode(token_bytes(token_id)) for token_id in token_ids.tolist()]
+        vocabulary, decode, ids = self._vocabulary, self._decoder.decode, token_ids.tolist()
+        pending, _ = self._decoder.getstate()
+        texts = None if pending else vocabulary.texts(ids)
+        return [decode(vocabulary.token_bytes(token_id)) for token_id in ids] if texts is None else texts
 
 
 class FoundStop(NamedTuple):

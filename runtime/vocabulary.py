@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import Tokenizer
 
@@ -33,6 +35,7 @@ class Vocabulary:
         self._hidden = frozenset(self.control_ids.values())
         self._tokenizer = tokenizer
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
         _check_control_tokens([token for token in added.values() if token.special])
         _check_decoder(tokenizer)
 
@@ -67,6 +70,23 @@ class Vocabulary:
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._read_bytes(token_id)
+        return known
+
+    def texts(self, token_ids: Sequence[int]) -> list[str] | None:
+        """What each token adds to a text, as `token_bytes`; None where one of them adds no whole characters."""
+        # Looked up without a call for each: a draft has 256 tokens, and every step may make one.
+        texts = list(map(self._texts.get, token_ids))
+        if None in texts:
+            texts = [self._whole_text(token_id) for token_id in token_ids]
+        return None if None in texts else cast("list[str]", texts)
+
+    def _whole_text(self, token_id: int) -> str | None:
+        known = self._texts.get(token_id)
+        if known is None:
+            try:
+                known = self._texts[token_id] = self.token_bytes(token_id).decode()
+            except UnicodeDecodeError:
+                return None
         return known
 
     def _read_bytes(self, token_id: int) -> bytes:

@@ -1,33 +1,109 @@
 """What the host does between two denoising steps: `python -m benchmarks.gpu.host`, on any machine, without a GPU.
 
-The loop and the engine's reading and writing of its buffers are the released ones, for the released canvas, window
-and vocabulary; the call itself does nothing. On a GPU starting its graph and waiting for it come on top
-(`benchmarks.gpu.step` measures all of it together).
+The loop, the scheduler and the engine's reading and writing of its buffers are the released ones, for the released
+canvas, window and vocabulary; the call itself does nothing, and its results are random. On a GPU starting its graph and
+waiting for it come on top (`benchmarks.gpu.step` measures that together with the loop, without a scheduler).
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
+import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import click
+import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models
 
-from benchmarks.gpu.canvases import Canvas, canvases
+from benchmarks.gpu.canvases import canvases, sampling
 from benchmarks.gpu.released_model import released_config, released_model
 from export.config import ModelConfig
 from export.weights import Precision
+from runtime.bundle import GenerationDefaults
 from runtime.engines.torch.calls import Call
-from runtime.engines.torch.engine import TorchEngine
+from runtime.engines.torch.engine import Model, TorchEngine
 from runtime.engines.torch.options import Options
+from runtime.errors import DgemmaError
+from runtime.events import Finished
+from runtime.generation import Generation
+from runtime.job import Outcome
+from runtime.request import GenerationRequest
+from runtime.runner import Runner
+from runtime.vocabulary import Vocabulary
+
+DEFAULTS = GenerationDefaults(
+    max_denoising_steps=48,
+    entropy_bound=0.1,
+    t_min=0.4,
+    t_max=0.8,
+    stability_threshold=1,
+    confidence_threshold=0.005,
+    end_token_ids=(1,),
+    pad_token_id=0,
+    bos_token_id=2,
+)
+TIMEOUT = 120.0
+"""Seconds after which a request is given up."""
 
 
 class HostOnly(TorchEngine):
-    """An engine whose calls compute nothing."""
+    """An engine whose calls compute nothing; it notes when it denoised."""
+
+    def __init__(self, model: Model, options: Options) -> None:
+        super().__init__(model, options)
+        self.denoised_at: list[float] = []
+        self._random = np.random.default_rng(0)
 
     def run_call(self, call: Call) -> None:
-        """Leave the outputs as they are."""
+        """Leave what was drawn when the call was made first."""
+        outputs = call.outputs.host
+        if not outputs:
+            return
+        if not outputs["entropy"].any():
+            outputs["entropy"][...] = self._random.exponential(size=outputs["entropy"].shape)
+            for name in ("argmax_ids", "candidate_ids"):
+                outputs[name][...] = self._random.integers(3, self.facts.vocab_size, outputs[name].shape)
+        self.denoised_at.append(time.perf_counter())
+
+
+class Watcher:
+    """A sink that keeps nothing."""
+
+    def __init__(self, drafts: bool) -> None:
+        self._drafts = drafts
+        self._error: DgemmaError | None = None
+        self._done = threading.Event()
+
+    def put(self, outcome: Outcome) -> None:
+        """Note the end."""
+        self._error = outcome if isinstance(outcome, DgemmaError) else None
+        if isinstance(outcome, Finished | DgemmaError):
+            self._done.set()
+
+    def wait(self) -> None:
+        """Until the request is done.
+
+        Raises:
+            click.ClickException: it failed, or takes too long.
+        """
+        if not self._done.wait(TIMEOUT) or self._error is not None:
+            raise click.ClickException(f"a request failed: {self._error or f'not done after {TIMEOUT} s'}")
+
+    def wants_draft(self) -> bool:
+        """As asked for."""
+        return self._drafts
+
+    def ready(self) -> bool:
+        """It never falls behind."""
+        return True
+
+    def caught_up(self) -> bool:
+        """It never falls behind."""
+        return True
 
 
 def narrow_config() -> ModelConfig:
@@ -38,12 +114,41 @@ def narrow_config() -> ModelConfig:
     return replace(small, experts=2, top_k_experts=1)
 
 
-def step(engine: TorchEngine, rows: list[Canvas]) -> None:
-    """All that the host does for one step of each canvas."""
+def vocabulary(size: int) -> Vocabulary:
+    """One of `size` words."""
+    tokenizer = Tokenizer(models.BPE({f"word{index}": index for index in range(size)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return Vocabulary(tokenizer)
+
+
+def median_gap(engine: HostOnly) -> float:
+    """Milliseconds between two steps, and forgets them."""
+    gaps = [(after - before) * 1e3 for before, after in itertools.pairwise(engine.denoised_at[2:])]
+    engine.denoised_at.clear()
+    return statistics.median(gaps)
+
+
+def loop_alone(engine: HostOnly, count: int, prefix: int, steps: int) -> float:
+    """Of canvases without a scheduler."""
+    rows = canvases(engine, count, prefix, steps + 2)
     window, size = engine.facts.sliding_window, engine.pool.page_size
-    readouts = engine.denoise([canvas.row(window, size) for canvas in rows])
-    for canvas, readout in zip(rows, readouts, strict=True):
-        canvas.loop.advance(readout)
+    for _ in range(steps + 2):
+        readouts = engine.denoise([canvas.row(window, size) for canvas in rows])
+        for canvas, readout in zip(rows, readouts, strict=True):
+            canvas.loop.advance(readout)
+    return median_gap(engine)
+
+
+def served(engine: HostOnly, runner: Runner, count: int, prefix: int, steps: int, drafts: bool) -> float:
+    """Of requests that share the engine, with the scheduler, the events and, if asked for, a draft a step."""
+    watchers = [Watcher(drafts) for _ in range(count)]
+    prompts = np.random.default_rng(1).integers(3, engine.facts.vocab_size, (count, prefix))
+    for number, watcher in enumerate(watchers):
+        parameters = replace(sampling(number, steps + 2), max_output_tokens=engine.facts.canvas_length)
+        runner.submit(GenerationRequest("released", prompts[number], parameters, drafts), watcher)
+    for watcher in watchers:
+        watcher.wait()
+    return median_gap(engine)
 
 
 @click.command()
@@ -56,13 +161,14 @@ def main(steps: int) -> None:
     options = replace(Options("cpu", canvas_slots=8, batch=8), positions=config.max_position + 4096)
     engine = HostOnly(model, options)
     for count, prefix in ((1, 1024), (8, 1024), (1, 65536), (1, config.max_position - config.canvas_length)):
-        rows = canvases(engine, count, prefix, steps + 2)
-        times = []
-        for _ in range(steps + 2):
-            began = time.perf_counter()
-            step(engine, rows)
-            times.append((time.perf_counter() - began) * 1e3)
-        click.echo(f"{count} canvases behind {prefix} tokens: {statistics.median(times[2:]):.3f} ms")
+        click.echo(f"{count} canvases behind {prefix} tokens: {loop_alone(engine, count, prefix, steps):.3f} ms")
+    words = vocabulary(config.vocab_size)
+    runner = Runner(engine, partial(Generation, facts=engine.facts, defaults=DEFAULTS, vocabulary=words))
+    runner.start()
+    for count, prefix, drafts in itertools.product((1, 8), (1024,), (False, True)):
+        gap = served(engine, runner, count, prefix, steps, drafts)
+        click.echo(f"{count} requests behind {prefix} tokens, {'drafts' if drafts else 'no drafts'}: {gap:.3f} ms")
+    runner.close()
 
 
 if __name__ == "__main__":
