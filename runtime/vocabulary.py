@@ -73,7 +73,7 @@ class Vocabulary:
         return known
 
     def texts(self, token_ids: Sequence[int]) -> list[str] | None:
-        """What each token adds to a text, as `token_bytes`; None where one of them adds no whole characters."""
+        """What each token adds to a text, as `token_bytes`; None where the bytes of one are no whole characters."""
         # Looked up without a call for each: a draft has 256 tokens, and every step may make one.
         texts = list(map(self._texts.get, token_ids))
         if None in texts:

@@ -225,7 +225,7 @@ TUNING_SECONDS = 75.0
 def tiles_of(candidate: Tiles | tuple[Tiles, Tiles]) -> Iterator[None]:
     """The kernel with other tiles than its tables say."""
     name = "fused_tiles" if isinstance(candidate, Tiles) else "wide_tiles"
-    with patch.object(kernel, name, lambda *_: candidate):
+    with patch.object(kernel, name, lambda *_, **__: candidate):
         yield
 
 

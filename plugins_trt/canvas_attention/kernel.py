@@ -20,7 +20,8 @@ from plugins_trt.gpu import Gpu, gpu_of
 
 SCRATCH_BYTES = 448 << 20
 """Of softmax weights stored at a time: 56 thousand keys of a canvas; with more, keys are worked through in chunks. 256K
-keys took an H200 4.80, 4.65, 4.43 and 4.34 ms a layer with 128, 224, 448 and 1024 MB."""
+keys took an H200 4.80, 4.65, 4.43 and 4.34 ms a layer with 128, 224, 448 and 1024 MB (before the second product had the
+steps that `wide_tiles` gives it)."""
 
 FUSED_HEAD_DIM = 256
 """Widest head whose accumulator (128 rows of float32 over 256 threads) leaves registers for the scores."""
@@ -64,7 +65,8 @@ def canvas_attention(
 
     Args:
         query: `[B, S, heads, D]`, normed and rotated.
-        key, value: the row's own, `[B, S, kv_heads, D]`, `D` and the dtype as in the query.
+        key, value: the row's own, `[B, S, kv_heads, D]`, `D` and the dtype as in the query. Where heads are wide, sums
+            of values above 2^11 may overflow.
         key_pool, value_pool: `[pages, page_size, kv_heads, D]`, contiguous.
         page_table: pages of each row's prefix in order, `[B, P]` int64; entries past the prefix name any page.
         page_base: position of the first slot of each row's table, `[B]` int64.
@@ -119,7 +121,7 @@ def wide_tiles(gpu: Gpu, query: Tensor, described: bool) -> tuple[Tiles, Tiles]:
     """Blocks of the two products, which share rows and keys; `described` where long prefixes are read by descriptor.
 
     The second product then waits for memory, and many small steps ask for what is far ahead: an H200 took 3.90 ms in
-    place of 4.49 for 256K keys. By address each step costs its pointers (8K keys: 179 us in place of 169).
+    place of 4.49 for 256K keys. By address each step costs its pointers (8K keys: 179 us in place of 169, in one run).
     """
     if query.element_size() > 2:
         tiles = Tiles(rows=64, keys=64, step=32, columns=128, warps=4, stages=2)
@@ -205,11 +207,8 @@ def _splits(room: int, blocks: int, key_tiles: int) -> int:
 def _attended(call: _Call, gpu: Gpu, scratch_bytes: int) -> _Splits:
     if call.query.shape[3] <= FUSED_HEAD_DIM:
         return _fused(call, fused_tiles(gpu, call.query, call.kv_heads), gpu)
-    tiles = wide_tiles(gpu, call.query, described=True)
-    described = _describes(call, *tiles, gpu)
-    if not described:
-        tiles = wide_tiles(gpu, call.query, described=False)
-    return _in_two_products(call, *tiles, described, gpu, scratch_bytes)
+    described = _describes(call, gpu)
+    return _in_two_products(call, *wide_tiles(gpu, call.query, described), described, gpu, scratch_bytes)
 
 
 def _fused(call: _Call, tiles: Tiles, gpu: Gpu) -> _Splits:
@@ -237,6 +236,8 @@ def _in_two_products(
     chunk = triton.cdiv(all_tiles, chunks)
     splits = _splits(gpu.multiprocessors * gather_tiles.resident, B * call.kv_heads * blocks * bands, chunk)
     shares = max(1, min(gpu.multiprocessors * tiles.resident // (B * call.kv_heads * blocks), chunk))
+    # Whole shares a split: the tile that a share's scale comes from is then in the split that sums relative to it.
+    shares = max(splits, shares // splits * splits)
     # What several chunks add to stays in float32.
     partial = call.partials(splits, call.query.dtype if chunks == 1 else torch.float32)
     # Two, since a chunk's bands of columns all read what the chunk before it left.
@@ -289,8 +290,9 @@ class _Described:
 _NONE = _Described(None, None, None, None)
 
 
-def _describes(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu) -> bool:
+def _describes(call: _Call, gpu: Gpu) -> bool:
     """Whether tiles of keys lie in one page, as descriptors must have them, and are enough to be worth it."""
+    tiles, gather_tiles = wide_tiles(gpu, call.query, described=True)
     D, page_size = call.query.shape[3], call.key_pool.shape[1]
     fit = page_size % tiles.keys == 0 and D % tiles.step == 0 and D % gather_tiles.columns == 0
     return (
@@ -303,7 +305,7 @@ def _describes(call: _Call, tiles: Tiles, gather_tiles: Tiles, gpu: Gpu) -> bool
 
 _MANY_TILES = 32
 """Key tiles from which on they are read by descriptor, the queries' copy included: 8192 tokens took an H200 165 us a
-layer by descriptor and 173 by address, 4096 103 and 100."""
+layer by descriptor and 173 by address, 4096 103 and 100, in one run."""
 
 
 def _merged(call: _Call, splits: _Splits) -> Tensor:

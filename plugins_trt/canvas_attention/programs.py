@@ -27,10 +27,10 @@ HEADROOM = tl.constexpr(40.0)
 larger scores need none: a tile of another scale than the one before it interrupts the product that reads them."""
 
 REACH, NARROW_REACH = tl.constexpr(90.0), tl.constexpr(60.0)
-"""How far below the largest scale, as a power of 2, sums may be brought to one; the other without headroom. From there
-on the weights of a tile, at most 2 to `LARGEST_WEIGHT` each and millions of them, are lost in the rounding of the row's
-largest one, which is no less than 2 to -`HEADROOM`; and sums of 2^18 such weights times values up to 2^11, brought so
-far up, still have a float32."""
+"""How far below the largest scale, as a power of 2, sums may stand: with headroom, and without. Weights of a tile whose
+scale is lower still count too much, as if they stood there; 2^18 of them, at most 2 to `LARGEST_WEIGHT` each, are then
+2^-64, lost beside the row's largest weight, which is 2 to -`HEADROOM` - 1 at least. And sums of 2^18 such weights times
+values of 2^11 at most, brought up so far, are still a float32."""
 
 
 @triton.jit(do_not_specialize=["pages", "splits"])

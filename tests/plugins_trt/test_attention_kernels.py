@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
+from math import log, prod
 from unittest.mock import patch
 
 import pytest
@@ -89,8 +89,14 @@ DESCRIBED = [
 
 
 def by_descriptor(*inputs: Tensor, scratch_bytes: int) -> Tensor:
-    """Runs where the interpreter is, on a GPU with a copy engine."""
-    with patch.object(Gpu, "copies_by_descriptor", True), patch.object(kernel, "_MANY_TILES", 2):
+    """Runs where the interpreter is, on a GPU with a copy engine; the second product takes the smaller steps."""
+    tiles, _ = kernel.wide_tiles(Gpu(80, 108), inputs[0], described=True)
+    pair = tiles, replace(tiles, step=tiles.step // 2)
+    with (
+        patch.object(Gpu, "copies_by_descriptor", True),
+        patch.object(kernel, "_MANY_TILES", 2),
+        patch.object(kernel, "wide_tiles", lambda *_, **__: pair),
+    ):
         return kernel.canvas_attention(*inputs, scratch_bytes=scratch_bytes)
 
 
@@ -175,10 +181,10 @@ def test_scores_far_apart(head_dim: int, interpreter: Interpreter) -> None:
     assert error(case, inputs, got) <= bound(case, inputs)
 
 
-def on_one_multiprocessor(*inputs: Tensor, scratch_bytes: int = 1 << 30) -> Tensor:
-    """Runs where the interpreter is: one block of rows works through all of its keys."""
-    with patch.object(kernel, "gpu_of", lambda _: Gpu(80, 1)):
-        return kernel.canvas_attention(*inputs, scratch_bytes=scratch_bytes)
+def on_multiprocessors(*inputs: Tensor, count: int) -> Tensor:
+    """Runs where the interpreter is; on one, one block of rows works through all of its keys."""
+    with patch.object(kernel, "gpu_of", lambda _: Gpu(80, count)):
+        return kernel.canvas_attention(*inputs)
 
 
 @pytest.mark.parametrize("head_dim", [32, 272], ids=["fused", "wide"])
@@ -188,29 +194,47 @@ def test_scores_that_rise_and_fall_from_tile_to_tile(head_dim: int, interpreter:
     inputs = arguments(case)
     for page, factor in zip(inputs[5][0], (0.1, 10.0, 8.0, 0.1), strict=True):
         inputs[3][page] *= factor / head_dim**0.5 * 4
-    got = interpreter(on_one_multiprocessor, *inputs)
+    got = interpreter(on_multiprocessors, *inputs, count=1)
     assert error(case, inputs, got) <= bound(case, inputs)
+
+
+SHARED = [
+    pytest.param(4, (0, 0, -74, -43, 0, 0, 0, 0), 1, id="a share that ends 88 binary orders below, rising by 44"),
+    pytest.param(4, (0, 0, -28, -24, 0, 0, 0, 0), 1, id="a share that ends 35 binary orders below, rising by 5"),
+    pytest.param(4, (0, 31, -300, -300, 0, 0, -300, -300), 1000, id="large sums brought down and up again"),
+    *(
+        pytest.param(
+            7, tuple(150 * (page == large) for page in range(8)), 1, id=f"more shares than splits, page {large}"
+        )
+        for large in (2, 3, 4)
+    ),
+]
+"""Multiprocessors, scores of each page's keys, and a factor of the values."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "factors",
-    [
-        pytest.param((0.1, 10.0, 8.0, 0.1), id="chunks that outgrow an earlier one"),
-        pytest.param((40.0, 0.1, 0.1, 0.1), id="chunks whose weights vanish beside an earlier one's"),
-        pytest.param((0.1, 0.1, 0.1, 40.0), id="earlier chunks that vanish beside a later one"),
-    ],
-)
-def test_chunks_whose_scores_lie_far_apart(
-    factors: tuple[float, ...], dtype: torch.dtype, interpreter: Interpreter
+@pytest.mark.parametrize(("multiprocessors", "scores", "factor"), SHARED)
+def test_shares_of_scores_far_apart(
+    multiprocessors: int, scores: tuple[int, ...], factor: int, dtype: torch.dtype, interpreter: Interpreter
 ) -> None:
-    """Catches a chunk that divides by nothing, or that outweighs those before or after it."""
-    case = Rows("", starts=(250,), tokens=3, head_dim=272, page_size=64, pages=4, heads=2, kv_heads=1)
+    """Catches tiles that count beside far larger ones, sums that overflow, and totals of nothing that count as one."""
+    case = Rows("", starts=(1024,), tokens=3, head_dim=272, page_size=128, pages=8, heads=2, kv_heads=1)
     inputs = [x.to(dtype) if x.is_floating_point() else x for x in arguments(case)]
-    for page, factor in zip(inputs[5][0], factors, strict=True):
-        inputs[3][page] *= factor / case.head_dim**0.5 * 4
-    got = interpreter(on_one_multiprocessor, *inputs, scratch_bytes=1)
-    assert error(case, inputs, got) <= bound(case, inputs)
+    # Scores that every format holds exactly.
+    inputs[0][...], inputs[0][..., 0], inputs[1][..., 0] = 0, 1, min(scores)
+    for page, score in zip(inputs[5][0], scores, strict=True):
+        inputs[3][page, ..., 0] = score
+        if score < max(scores):
+            # Far from the mean of the others, so that it shows where one of them counts too much.
+            inputs[4][page] = 4
+    for values in (inputs[2], inputs[4]):
+        values *= factor
+    got = interpreter(on_multiprocessors, *inputs, count=multiprocessors)
+    # An exponent is rounded at its distance from the scale, a total at each of its terms; shares, the splits' results
+    # and the result are rounded to the inputs' dtype.
+    exponents = 2 * (max(map(abs, scores)) / log(2) + 48) * log(2)
+    roundings = 2.0**-23 * (exponents + 1024) + 3 * torch.finfo(dtype).eps / 2
+    assert error(case, inputs, got) <= roundings * float(max(inputs[2].abs().max(), inputs[4].abs().max()))
 
 
 def released(layer: str, batch: int, tokens: int, pages: int, page_size: int = 256) -> list[Tensor]:
